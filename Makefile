@@ -1,0 +1,111 @@
+# make demo · make test: each does its own set-up in .venv. `make help` lists the rest.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+INPUTS := settings.ini setup.py constraints.txt
+ARGS   ?=
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lab export clean-notebooks readme wheel clean \
+        check-clean check-export check-readme check-notebooks check-tests check-wheel
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
+	@echo "  another Python:  make PYTHON=python3.12 test      options of the demo:  make demo ARGS=--quick"
+
+# --- set-up -------------------------------------------------------------------
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14))' || \
+	  { echo "Python 3.10 to 3.13 is needed and '$(PYTHON)' is not one: make PYTHON=python3.12 test" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q 'pip>=25'
+
+$(VENV)/.demo: $(INPUTS) | $(BIN)/python
+	@echo "installing laid_nb into $(VENV): about 5 GB, a few minutes"
+	$(BIN)/python -m pip install -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.dev: $(INPUTS) | $(BIN)/python
+	@echo "installing laid_nb and its tools into $(VENV): about 5 GB, a few minutes"
+	$(BIN)/python -m pip install -e '.[dev]' -c constraints.txt
+	@touch $(VENV)/.demo $@
+
+# --- use ----------------------------------------------------------------------
+demo: $(VENV)/.demo  ## distil the embedded student and measure its window
+	$(BIN)/laid demo $(ARGS)
+
+lab: $(VENV)/.dev  ## read and run the notebooks
+	$(BIN)/jupyter lab nbs
+
+# --- write --------------------------------------------------------------------
+export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py
+	$(BIN)/nbdev_export
+
+clean-notebooks: $(VENV)/.dev  ## strip notebook metadata, keep ids and outputs
+	$(BIN)/nbdev_clean
+
+# A code cell is Python; links of the notebook are relative to nbs/, those of README.md to the root.
+readme: $(VENV)/.dev  ## nbs/index.ipynb -> README.md
+	@rm -rf README_files
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README \
+	  --RegexRemovePreprocessor.patterns='#\|\s*(hide|default_exp)' --RegexRemovePreprocessor.patterns='\s*\Z'
+	@awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } { print }' README.md | \
+	  sed -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' -e 's#](\([A-Za-z0-9_/]*\.ipynb\)#](nbs/\1#g' > $(VENV)/README.md
+	@mv $(VENV)/README.md README.md
+
+wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl
+	@rm -rf build dist
+	@$(BIN)/python -m build --wheel --no-isolation > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@rm -rf build
+	@ls -l dist/*.whl
+
+# --- test ---------------------------------------------------------------------
+test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, wheel
+	@$(MAKE) --no-print-directory check-clean
+	@$(MAKE) --no-print-directory check-export
+	@$(MAKE) --no-print-directory check-readme
+	@$(MAKE) --no-print-directory check-notebooks
+	@$(MAKE) --no-print-directory check-tests
+	@$(MAKE) --no-print-directory check-wheel
+	@echo "make test: all passed"
+
+# $(call unchanged,paths,what to do): the working tree must equal what git has, or, unstaged, what was added
+define unchanged
+	@if [ -e .git ]; then \
+	  { git --no-pager diff --stat --exit-code -- $(1) && new=$$(git ls-files --others --exclude-standard -- $(1)) && \
+	    { [ -z "$$new" ] || { echo "not in git: $$new"; false; }; } } || { echo "make test: $(2)" >&2; exit 1; }; \
+	else echo "no git here: not compared"; fi
+endef
+
+check-clean: clean-notebooks
+	@echo "== notebooks are clean"
+	$(call unchanged,nbs,notebooks were not clean or not committed: look at the change then git add nbs)
+
+check-export: export
+	@echo "== laid_nb/ is what the notebooks export"
+	$(call unchanged,laid_nb,laid_nb was not what the notebooks export: look at the change then git add laid_nb)
+
+check-readme: readme
+	@echo "== README.md is what nbs/index.ipynb says"
+	$(call unchanged,README.md README_files,README.md was not made from nbs/index.ipynb: look at the change then git add README.md)
+
+# one thread each, as several notebooks run at once
+check-notebooks: export OMP_NUM_THREADS := 1
+check-notebooks: export HF_HUB_OFFLINE := 1
+check-notebooks: $(VENV)/.dev  ## run every notebook, without the cells marked slow
+	@echo "== notebooks"
+	$(BIN)/nbdev_test --do_print --timing
+
+check-tests: $(VENV)/.dev  ## pytest only
+	@echo "== tests"
+	$(BIN)/python -m pytest tests -q --durations=5 $(ARGS)
+
+check-wheel: wheel  ## build the wheel, install it elsewhere, use it there
+	@echo "== wheel"
+	$(BIN)/python tests/check_wheel.py dist/*.whl
+
+clean:  ## remove what was built (not .venv)
+	rm -rf build dist *.egg-info .pytest_cache
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf
