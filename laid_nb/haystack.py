@@ -117,6 +117,8 @@ class Question:
                 "any": f"For all images with the {self.anchor}, do any of them contain {a}?",
                 "list": f"For the image with the {self.anchor}, what is there?"}[self.kind]
 
+_drawn = functools.lru_cache(16_384)(render)  # several models read the same haystack: 150 MB of pictures at most
+
 @dataclass(frozen=True)
 class Haystack:
     "Images and the questions about them."
@@ -127,7 +129,7 @@ class Haystack:
     def image(self, i, size=56):
         "Image `i` as an RGB PIL image; a scene is drawn with side `size`. FileNotFoundError or ValueError names a file that is not there or not an image."
         item = self.images[i]
-        if isinstance(item, Scene): return render(item, size)
+        if isinstance(item, Scene): return _drawn(item, size).copy()
         try:
             with Image.open(item) as picture: return picture.convert("RGB")
         except FileNotFoundError: raise FileNotFoundError(f"no such image: {item}") from None
@@ -389,6 +391,8 @@ def messages(
 ) -> list[dict]:  # chat messages for `processor.apply_chat_template`
     "A conversation: all images, then question and answer by turns."
     if not turns: raise ValueError("no question to ask: `turns` is empty")
+    for t in turns:
+        if not 0 <= t < len(haystack.questions): raise ValueError(f"haystack {haystack.id!r} has no question {t}: it has {len(haystack.questions)}")
     chat = []
     for n, t in enumerate(turns):
         content = [{"type": "text", "text": haystack.questions[t].text}]

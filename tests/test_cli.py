@@ -1,0 +1,417 @@
+"""The command `laid`: what each command writes, that it resumes, and that bad input is one line and exit code 2."""
+import json
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+from laid_nb import __version__, cli
+from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.capture import capture
+from laid_nb.evaluate import Counts, evaluate, read_records, wilson
+from laid_nb.haystack import Scene, encode, export_vhs, picture_haystack
+from laid_nb.spectra import distance_response
+from laid_nb.train import OURS
+
+
+def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
+    "Save a random Qwen2.5-VL."
+    config = anchor_config(name, processor.tokenizer).to_dict()
+    sections = {32: [4, 6, 6], 64: [8, 12, 12]}[head_dim]
+    config["text_config"] |= dict(hidden_size=head_dim*heads, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, layer_types=None,
+                                  rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": sections})
+    config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1, out_hidden_size=head_dim*heads, fullatt_block_indexes=[0])
+    torch.manual_seed(layers)
+    model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+    if break_it: break_it(model)
+    cli.save_model(model, processor, folder)
+
+
+@pytest.fixture(scope="module")
+def processor(): return build_processor()
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("pair")
+    tiny(folder/"teacher", processor, "teacher", 3, 3)
+    tiny(folder/"student", processor, "student", 2, 2)
+    return folder
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    "An empty working directory."
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def ok(line): assert cli.main([str(x) for x in line]) == 0
+
+
+def weights(folder): return AutoModelForImageTextToText.from_pretrained(folder).state_dict()
+
+
+# --- the command line ---------------------------------------------------------
+
+def test_help_imports_nothing_heavy():
+    code = "import sys; from laid_nb.cli import main; code = main(['--help']); sys.exit(code or bool({'torch', 'transformers', 'matplotlib'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and "spectra" in done.stdout, done.stderr
+
+
+def test_version(capsys):
+    ok(["--version"])
+    assert capsys.readouterr().out == f"laid {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "spectra", "anchors"])
+def test_every_command_has_help(command, capsys):
+    ok([command, "--help"])
+    assert "--out" in capsys.readouterr().out
+
+
+def test_train_help_lists_our_settings_and_the_paper_s_defaults(capsys):
+    ok(["train", "--help"])
+    out = capsys.readouterr().out
+    assert all(f"--{name}" in out for name in ("method", "alpha 0.3", "temperature 2.0", "max_multiplicity", "learning_rate 1e-05")) and "--fsdp" not in out
+
+
+@pytest.mark.parametrize("text,numbers", [("1,2,5", [1, 2, 5]), ("2-4", [2, 3, 4]), ("5, 2-3, 5", [2, 3, 5])])
+def test_number_list(text, numbers): assert cli.number_list(text) == numbers
+
+
+def test_debug_lets_the_traceback_through(work):
+    with pytest.raises(FileNotFoundError): cli.main(["eval", "teacher", "--debug", "--data", "nowhere.json", "--image-root", "."])
+
+
+def test_interrupt_is_130(monkeypatch, capsys):
+    def stop(args): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, "run_anchors", stop)
+    assert cli.main(["anchors"]) == 130
+    assert capsys.readouterr().err == "laid: stopped\n"
+
+
+def test_anchors_is_called_with_both_folders(monkeypatch, work):
+    from laid_nb import anchors
+    called = []
+    monkeypatch.setattr(anchors, "make_anchors", lambda folder, out: called.append((str(folder), str(out))), raising=False)
+    ok(["anchors", "--out", "pair", "--folder", "drafts"])
+    assert called == [("drafts", "pair")]
+
+
+# --- parts --------------------------------------------------------------------
+
+def test_whole_leaves_nothing_behind_when_it_fails(work):
+    with pytest.raises(ValueError):
+        with cli.whole("a/b.txt") as part:
+            part.write_text("half")
+            raise ValueError
+    assert list((work/"a").iterdir()) == []
+    with cli.whole("a/b.txt") as part: part.write_text("all")
+    assert [p.name for p in (work/"a").iterdir()] == ["b.txt"] and (work/"a/b.txt").read_text() == "all"
+
+
+def test_or_nothing_never_removes_what_was_there(work):
+    (work/"old").mkdir()
+    for name, keep, left in (("old", False, True), ("new", False, False), ("kept", True, True)):
+        with pytest.raises(ValueError):
+            with cli.or_nothing(name, keep=lambda path: keep):
+                (work/name).mkdir(exist_ok=True)
+                raise ValueError
+        assert (work/name).exists() == left
+
+
+@pytest.mark.parametrize("questions", [1, 7, 24])
+def test_haystacks_ask_as_many_questions_at_every_size_and_none_twice(questions):
+    stacks = cli.exam([1, 2, 6, 30], questions, seed=3)
+    for n in (1, 2, 6, 30): assert sum(len(h.questions) for h in stacks if len(h.images) == n) == questions
+    for h in stacks: assert len({q.anchor for q in h.questions}) == len(h.questions)
+    assert len({h.id for h in stacks}) == len(stacks)
+
+
+def test_seeds_and_splits_share_no_haystack():
+    ids = [{h.id for h in stacks} for stacks in (cli.exam([5], 60), cli.exam([5], 60, seed=1), cli.exam([5], 60, split="val"), cli.train_haystacks([5], 12))]
+    assert len(set().union(*ids)) == sum(map(len, ids))
+
+
+def test_table_holds_accuracies_intervals_and_windows():
+    counts = Counts([1, 10, 100], [100, 100, 50], [100, 100, 100])
+    rows = cli.table_cells({"student": counts, "longer": Counts([1, 10, 100], [100]*3, [100]*3)}, "student")
+    low, high = wilson(50, 100)
+    assert rows[1][:4] == [("student", ""), ("100", f"{100*wilson(100, 100)[0]:.0f}–100"), ("100", f"{100*wilson(100, 100)[0]:.0f}–100"), ("50", f"{100*low:.0f}–{100*high:.0f}")]
+    assert float(rows[1][4][0]) == pytest.approx(10**1.5, rel=.01)  # .75 is half-way between 1.00 and .50, in log size
+    assert rows[2][4][0] == "≥100" and float(rows[2][5][0].strip("≥")) == pytest.approx(100/10**1.5, rel=.01)
+    text, markdown = cli.table_text(rows).splitlines(), cli.table_markdown(rows).splitlines()
+    assert len(text) == 5 and len(markdown) == 4 and {line.count("|") for line in markdown} == {len(rows[0]) + 1}
+
+
+def test_claim_resumes_refuses_and_starts_anew(work):
+    out = work/"demo"
+    state = cli.claim(out, {"steps": 1, "sizes": (1, 2)}, False)
+    assert cli.claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
+    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): cli.claim(out, {"steps": 2, "sizes": (1, 2)}, False)
+    (out/"records").mkdir()
+    (out/"mine.txt").write_text("of the user")
+    cli.claim(out, {"steps": 2, "sizes": (1, 2)}, True)
+    assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt"]
+    (work/"other").mkdir()
+    (work/"other/a.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no demo"): cli.claim(work/"other", {}, True)
+    assert (work/"other/a.txt").exists()
+
+
+def test_yaml_is_read_as_flags_and_flags_win(work):
+    (work/"a.yaml").write_text("method: kd\nlayers: 2:3\nlearning_rate: 1e-4\nreport_to: none\nbf16: false\nuse_cpu: true\n")
+    config = cli.train_config(cli.yaml_flags("a.yaml") + ["--learning_rate", "3e-4"])
+    assert (config.method, config.layers, config.learning_rate, config.bf16, config.output_dir) == ("kd", "2:3", 3e-4, False, "laid-runs")
+
+
+# --- commands on a tiny pair --------------------------------------------------
+
+def test_eval_writes_what_evaluate_finds(pair, work, capsys):
+    ok(["eval", pair/"student", "--pictures", "--sizes", "1,3", "--questions", "5", "--seed", "2", "--out", "r/a.jsonl", "--vhs", "vhs", "--plot", "p.png"])
+    model, processor = cli.load_model(str(pair/"student"))
+    direct = evaluate(model, processor, cli.exam([1, 3], 5, 2), progress=False)
+    assert [(r["haystack"], r["question"], r["correct"]) for r in read_records("r/a.jsonl")[1]] == [(r["haystack"], r["question"], r["correct"]) for r in direct]
+    np.testing.assert_allclose([r["margin"] for r in read_records("r/a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
+    assert len(list((work/"vhs").rglob("*.json"))) == 10 and Image.open("p.png").width > 500
+    assert "window at 0.75" in capsys.readouterr().out
+
+
+def test_eval_goes_on_where_it_stopped(pair, work):
+    line = ["eval", pair/"student", "--pictures", "--sizes", "1,3", "--questions", "4", "--out", "a.jsonl"]
+    ok(line)
+    full, text = read_records("a.jsonl"), (work/"a.jsonl").read_text()
+    (work/"a.jsonl").write_text(text[:len(text)//2])
+    ok(line)
+    header, records = read_records("a.jsonl")
+    assert header == full[0] and [(r["haystack"], r["question"]) for r in records] == [(r["haystack"], r["question"]) for r in full[1]]
+    np.testing.assert_allclose([r["margin"] for r in records], [r["margin"] for r in full[1]], atol=1e-4)
+
+
+def test_eval_reads_files_as_it_reads_drawings(pair, work):
+    stacks = cli.exam([3], 3)
+    export_vhs(stacks, work/"vhs")
+    ok(["eval", pair/"student", "--data", "vhs/VHs_qa/single_needle/visual_haystack_3.json", "--image-root", "vhs/images", "--out", "a.jsonl", "--generate"])
+    records = read_records("a.jsonl")
+    assert len(records[1]) == 3 and all("response" in r for r in records[1]) and "Yes or No" in records[0]["prompt"]
+
+
+def test_train_makes_a_stock_checkpoint(pair, work):
+    (work/"a.yaml").write_text("method: laid\nmax_gap: 50\nmax_multiplicity: 4\nlearning_rate: 1e-2\nreport_to: none\nuse_cpu: true\n")
+    ok(["train", "--teacher", pair/"teacher", "--student", pair/"student", "--pictures", "--sizes", "2-3", "--haystacks", 4, "--config", "a.yaml", "--max_steps", 1, "--warmup_steps", 0, "--output_dir", "run", "--disable_tqdm", "true"])
+    before, after = weights(pair/"student"), weights("run/model")
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert before.keys() == after.keys() and moved and not any("visual" in k for k in moved)
+
+
+def test_spectra_are_those_of_the_captured_heads(pair, work):
+    ok(["spectra", pair/"teacher", "--layers", "0,2", "--images", 3, "--seed", 5, "--out", "a.npz", "a.png"])
+    model, processor = cli.load_model(str(pair/"teacher"))
+    sample = encode(processor, picture_haystack(5, 3, 1, "test"), [0])
+    with torch.no_grad(), capture(model) as cache: model(**{k: v for k, v in sample.items() if k not in OURS})
+    arrays = np.load("a.npz")
+    assert arrays["layers"].tolist() == [0, 2] and Image.open("a.png").width > 500
+    for row, layer in enumerate((0, 2)): np.testing.assert_allclose(arrays["response"][row], distance_response(cache["q", layer], cache["k", layer]), atol=1e-4)
+
+
+@pytest.fixture
+def small_demo(monkeypatch): monkeypatch.setattr(cli, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
+
+
+def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch, capsys):
+    line = ["demo", "--quick", "--teacher", str(pair/"teacher"), "--student", str(pair/"student")]
+    real = cli.save_model
+    def stop_at_laid(model, processor, folder):
+        if str(folder).endswith("laid"): raise KeyboardInterrupt
+        real(model, processor, folder)
+    monkeypatch.setattr(cli, "save_model", stop_at_laid)
+    assert cli.main(line) == 130
+    out = work/"laid-demo-quick"
+    assert sorted(p.name for p in (out/"models").iterdir()) == ["sft"] and not (out/"results.json").exists()
+    sft = (out/"models/sft/model.safetensors").stat().st_mtime_ns
+    monkeypatch.setattr(cli, "save_model", real)
+    capsys.readouterr()
+    ok(line)
+    printed = capsys.readouterr().out
+    assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
+    assert all(f"[{i}/8]" in printed for i in range(1, 9)) and all(name in printed for name in cli.TRAININGS)
+    assert sorted(p.name for p in out.iterdir()) == sorted(cli.OUTPUTS)
+    results = json.loads((out/"results.json").read_text())
+    assert list(results["models"]) == ["teacher", "student", *cli.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
+    for name, model in results["models"].items():
+        records = read_records(out/"records"/f"{cli.slug(name)}.jsonl")[1]
+        assert model["total"] == [2, 2, 2] and sum(model["correct"]) == sum(r["correct"] for r in records)
+    logs = {name: json.loads((out/"training"/f"{cli.slug(name)}.json").read_text()) for name in cli.TRAININGS}
+    assert "loss_laid" not in logs["SFT"][0] and all("loss_laid" in logs[name][0] for name in ("LAid", "LAid + window simulation"))
+    assert logs["SFT"][0]["loss_sft"] == pytest.approx(logs["LAid"][0]["loss_sft"], rel=1e-4)  # the same first batch
+    assert weights(out/"models/sft").keys() == weights(pair/"student").keys()
+    assert (out/"table.md").read_text().count("\n| ") == 5
+    assert cli.main(line + ["--seed", "1"]) == 2 and "another seed" in capsys.readouterr().err
+
+
+# --- bad input ----------------------------------------------------------------
+
+ENTRY = {"conversations": [{"from": "human", "value": "For the image with the dog, is there a cat?"}, {"from": "gpt", "value": "yes"}], "pos_image": ["a.png"], "neg_image": ["b.png"]}
+
+
+@pytest.fixture
+def files(work):
+    "A VHs file and its images."
+    (work/"images").mkdir()
+    for name in ("images/a.png", "images/b.png", "secret.png"): Image.new("RGB", (56, 56)).save(work/name)
+    def write(**changes):
+        (work/"vhs.json").write_text(json.dumps([{k: v for k, v in (ENTRY | changes).items() if v is not None}]))
+        return ["--data", "vhs.json", "--image-root", "images"]
+    return write
+
+
+def refused(capsys, folder, line, *words):
+    "The command ends with 2 and one line that holds `words`, and makes no file."
+    before = sorted(folder.rglob("*"))
+    capsys.readouterr()
+    code, err = cli.main([str(x) for x in line]), capsys.readouterr().err
+    said = [part for part in err.splitlines() if part and "question/s]" not in part]  # a progress bar may stand before it
+    assert code == 2 and len(said) == 1 and said[0].startswith("laid: error: "), (code, err)
+    for word in words: assert str(word) in err, err
+    assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line,words", [
+    ([], ["COMMAND"]),
+    (["dance"], ["dance"]),
+    (["eval", "./student", "--nice"], ["--nice"]),
+    (["demo", "--steps", "none"], ["'none'"]),
+    (["demo", "--questions", "0"], ["'0'"]),
+    (["demo", "--teacher", "./nowhere"], ["./nowhere"]),
+    (["eval", "./nowhere", "--pictures"], ["./nowhere"]),
+    (["eval", "nobody/nothing-here", "--pictures"], ["nobody/nothing-here"]),
+    (["eval", "student", "--pictures", "--sizes", "0"], ["at least 1 image"]),
+    (["eval", "student", "--pictures", "--sizes", "5-2"], ["5-2"]),
+    (["eval", "student"], ["--data", "--pictures"]),
+    (["eval", "student", "--data", "vhs.json"], ["--image-root"]),
+    (["eval", "student", "--data", "nowhere.json", "--image-root", "."], ["nowhere.json"]),
+    (["eval", "student", "--pictures", "--plot", "a.txt"], ["a.txt"]),
+    (["spectra", "student", "--out", "a.txt"], ["a.txt"]),
+    (["train", "--pictures", "--alfa", "1"], ["--alfa"]),
+    (["train", "--pictures", "--alpha", "3"], ["alpha is 3"]),
+    (["train", "--pictures", "--method", "magic"], ["magic"]),
+    (["train", "--pictures", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
+    (["train"], ["--data", "--pictures"]),
+])
+def test_bad_arguments(line, words, work, capsys): refused(capsys, work, line, *words)
+
+
+def test_wrong_image_root(pair, files, work, capsys): refused(capsys, work, ["eval", pair/"student", *files()[:3], "nowhere"], "nowhere")
+
+
+def test_missing_image(pair, files, work, capsys): refused(capsys, work, ["eval", pair/"student", *files(neg_image=["c.png"])], "c.png")
+
+
+def test_picture_that_is_none(pair, files, work, capsys):
+    (work/"images/b.png").write_text("not a picture")
+    refused(capsys, work, ["eval", pair/"student", *files()], "b.png")
+
+
+def test_corrupt_json(pair, work, capsys):
+    (work/"vhs.json").write_text('[{"conversations": ')
+    refused(capsys, work, ["eval", pair/"student", "--data", "vhs.json", "--image-root", "."], "vhs.json", "line 1")
+
+
+@pytest.mark.parametrize("field", ["conversations", "pos_image", "neg_image"])
+def test_missing_field(field, pair, files, work, capsys): refused(capsys, work, ["train", "--student", pair/"student", *files(**{field: None})], field)
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "/etc/hostname", "link.png"])
+def test_image_outside_the_root(name, pair, files, work, capsys):
+    (work/"images/link.png").symlink_to(work/"secret.png")
+    refused(capsys, work, ["eval", pair/"student", *files(neg_image=[name])], name)
+
+
+def test_zero_images(pair, files, work, capsys): refused(capsys, work, ["eval", pair/"student", *files(pos_image=[], neg_image=[])], "no images")
+
+
+def test_unknown_object(pair, work, capsys, monkeypatch):
+    monkeypatch.setattr(cli, "picture_haystack", lambda *_: Scene(("dragon",), 0))
+    refused(capsys, work, ["spectra", pair/"student"], "dragon")
+
+
+def test_layer_that_is_not_there(pair, work, capsys): refused(capsys, work, ["spectra", pair/"student", "--layers", "9", "--images", 2], "layer 9")
+
+
+def train_line(teacher, student, *more):
+    return ["train", "--teacher", teacher, "--student", student, "--pictures", "--sizes", "2", "--haystacks", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "1", *more]
+
+
+def test_broken_yaml(pair, work, capsys):
+    (work/"a.yaml").write_text("alpha: [1")
+    refused(capsys, work, ["train", "--pictures", "--config", "a.yaml"], "a.yaml is not YAML")
+
+
+def test_layers_of_a_training_that_are_not_there(pair, work, capsys): refused(capsys, work, train_line(pair/"teacher", pair/"student", "--layers", "7:7"), "layer 7")
+
+
+def test_result_that_exists(pair, work, capsys):
+    (work/"run/model").mkdir(parents=True)
+    refused(capsys, work, train_line(pair/"teacher", pair/"student", "--output_dir", "run"), "run/model exists")
+
+
+def test_evaluation_of_another_model(pair, work, capsys):
+    line = ["--pictures", "--sizes", "1", "--questions", "1", "--out", "a.jsonl"]
+    ok(["eval", pair/"student", *line])
+    refused(capsys, work, ["eval", pair/"teacher", *line], "a.jsonl holds an evaluation with another")
+
+
+def test_unequal_tokenizers(pair, work, capsys, tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("other")
+    shutil.copytree(pair/"teacher", folder/"teacher")
+    tokens = json.loads((folder/"teacher/tokenizer.json").read_text())
+    vocabulary = tokens["model"]["vocab"]
+    vocabulary["Yes"], vocabulary["No"] = vocabulary["No"], vocabulary["Yes"]
+    (folder/"teacher/tokenizer.json").write_text(json.dumps(tokens))
+    refused(capsys, work, train_line(folder/"teacher", pair/"student"), "tokenizers differ")
+    refused(capsys, work, ["demo", "--teacher", folder/"teacher", "--student", pair/"student"], "tokenizers differ")
+
+
+def test_head_dimensions_that_differ(pair, work, capsys, tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("wide")
+    tiny(folder/"teacher", processor, "teacher", 2, 1, head_dim=64)
+    refused(capsys, work, train_line(folder/"teacher", pair/"student"), "student 32, teacher 64")
+    refused(capsys, work, ["demo", "--teacher", folder/"teacher", "--student", pair/"student"], "student 32, teacher 64")
+
+
+def test_model_without_rope(pair, work, capsys, tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("gpt")
+    text = GPT2Config(vocab_size=len(processor.tokenizer), n_embd=32, n_layer=1, n_head=1, tie_word_embeddings=False)
+    vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=56, patch_size=28, projection_dim=32)
+    cli.save_model(LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=processor.image_token_id, tie_word_embeddings=False)), processor, folder/"gpt")
+    refused(capsys, work, train_line(pair/"teacher", folder/"gpt"), "'gpt2' has no RoPE")
+
+
+def test_nan_in_a_loss(pair, work, capsys, tmp_path_factory, processor):
+    folder = tmp_path_factory.mktemp("nan")
+    tiny(folder/"student", processor, "student", 2, 2, break_it=lambda model: model.lm_head.weight.data.fill_(float("nan")))
+    refused(capsys, work, train_line(pair/"teacher", folder/"student", "--output_dir", "run"), "'sft' is nan")
+    refused(capsys, work, ["eval", folder/"student", "--pictures", "--sizes", "1", "--questions", "1"], "not finite")
+
+
+def test_checkpoint_that_lacks_a_weight(pair, work, capsys, tmp_path_factory):
+    from safetensors.torch import load_file, save_file
+    folder = tmp_path_factory.mktemp("part")
+    shutil.copytree(pair/"student", folder/"student")
+    state = load_file(folder/"student/model.safetensors")
+    save_file({k: v for k, v in state.items() if "lm_head" not in k}, folder/"student/model.safetensors", metadata={"format": "pt"})
+    refused(capsys, work, ["eval", folder/"student", "--pictures"], "lacks 1 weights", "lm_head")
+
+
+def test_checkpoint_that_is_cut(pair, work, capsys, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cut")
+    shutil.copytree(pair/"student", folder/"student")
+    (folder/"student/model.safetensors").write_bytes((folder/"student/model.safetensors").read_bytes()[:1000])
+    refused(capsys, work, ["eval", folder/"student", "--pictures"], "cannot load the model")

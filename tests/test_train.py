@@ -1,0 +1,431 @@
+"""Training: Eq. 8 against direct sums, what both models read, checkpoints, and what is refused."""
+import copy
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.capture import capture
+from laid_nb.haystack import picture_haystack
+from laid_nb.train import (HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, layer_pairs, needle_pair, needle_scores, precompute,
+                           read_groups, read_positions, step_generator)
+
+
+@pytest.fixture(scope="module")
+def processor(): return build_processor()
+
+
+@pytest.fixture(scope="module")
+def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
+
+
+@pytest.fixture(scope="module")
+def tiny(processor):
+    "tiny(name): a random model of a few heads; the same weights for the same name."
+    def make(name, family=Qwen2_5_VLForConditionalGeneration, head_dim=32, theta=1e6, **top):
+        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
+        config = anchor_config(name, processor.tokenizer).to_dict() | top
+        config["text_config"] |= dict(hidden_size=head_dim*heads, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, layer_types=None)
+        config["text_config"]["rope_parameters"] = dict(rope_type="default", rope_theta=theta, mrope_section=[head_dim//8, head_dim//8, head_dim//4])
+        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1, out_hidden_size=head_dim*heads, fullatt_block_indexes=[0])
+        if family is Qwen2VLForConditionalGeneration:
+            vision = dict(depth=1, embed_dim=32, hidden_size=head_dim*heads, num_heads=1, mlp_ratio=2)
+            config = Qwen2VLConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config", "text_config")}, vision_config=vision,
+                                   text_config={k: v for k, v in config["text_config"].items() if k != "model_type"})
+        else: config = Qwen2_5_VLConfig(**config)
+        torch.manual_seed(len(name))
+        return family(config)
+    return make
+
+
+@pytest.fixture(scope="module")
+def pool(processor, haystacks, tiny):
+    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"))
+
+
+@pytest.fixture
+def trainer(processor, tiny, pool, tmp_path):
+    "trainer(**settings): a LaidTrainer of tiny models, on the precomputed pool unless `data` is given."
+    def make(student=None, teacher=None, data=None, folder=None, teacher_processing_class=None, eval_dataset=None, **settings):
+        quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, init_haystacks=4,
+                     learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=2)
+        return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), pool if data is None else data, processor,
+                           teacher or tiny("teacher"), teacher_processing_class, eval_dataset=eval_dataset)
+    return make
+
+
+def logged(made, name): return [h[name] for h in made.state.log_history if name in h]
+
+
+def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+# --- data ---------------------------------------------------------------------
+def test_a_padded_batch_reads_as_its_samples_do(processor, haystacks, tiny):
+    model, collate = tiny("student").double().eval(), HaystackCollator(processor)
+    batch = collate(haystacks[:3])
+    with torch.no_grad():
+        together = model(**image_inputs(model, batch, "student"), position_ids=read_positions(model, batch)).logits
+        for i, h in enumerate(haystacks[:3]):
+            alone = collate([h])
+            logits = model(**image_inputs(model, alone, "student")).logits[0]  # positions are the model's own here
+            torch.testing.assert_close(together[i, :len(logits)], logits)
+
+
+def test_collator_keeps_at_most_the_turns_asked_for(processor, haystacks):
+    batch = HaystackCollator(processor, turns=2)(haystacks[:2])
+    assert [len(n) for n in batch["needles"]] == [2, 2] and batch["turn"].max() == 1
+
+
+def test_sampler_batches_equal_sizes_and_visits_each_once():
+    sizes = [i % 5 for i in range(50)]
+    for epoch in range(3):
+        order = list(SizeSampler(sizes, 10, 1, lambda: epoch))
+        assert sorted(order) == list(range(50)) and all(len({sizes[i] for i in order[b:b + 10]}) == 1 for b in range(0, 50, 10))
+
+
+def test_sampler_leaves_the_short_batch_for_the_end():
+    order = list(SizeSampler([1]*6 + [2]*5, 3, 0, lambda: 0))
+    assert sorted(order) == list(range(11)) and all(i >= 6 for i in order[-2:])
+
+
+def test_precomputed_features_give_the_losses_of_the_pixels(trainer, pool, haystacks):
+    runs = [trainer(data=data, max_gap=100, max_multiplicity=4) for data in (pool, haystacks)]
+    for r in runs: r.train()
+    for name in ("loss_sft", "loss_kl", "loss_laid"): assert logged(runs[0], name) == pytest.approx(logged(runs[1], name), rel=1e-4)
+
+
+def test_features_of_another_model_are_refused(pool, tiny):
+    wrong = {k: v for k, v in pool[0].items()} | {"student_features": pool[0]["teacher_features"]}
+    with pytest.raises(ValueError, match="student_features have shape"): image_inputs(tiny("student"), wrong, "student")
+
+
+# --- the loss -----------------------------------------------------------------
+def direct_terms(student, teacher, batch, mix, temperature=2.):
+    "Eq. 8's terms from whole logits and from projections before RoPE (rotation leaves Eq. 7 as it is)."
+    seen, logits = {}, {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        attention = model.model.language_model.layers[-1].self_attn
+        hooks = [getattr(attention, f"{x}_proj").register_forward_hook(lambda m, i, o, key=(role, x): seen.__setitem__(key, o.unflatten(-1, (-1, 32)).transpose(1, 2))) for x in "qk"]
+        logits[role] = model(**{k: v for k, v in batch.items() if k not in ("labels", "turn", "needles")}).logits
+        for h in hooks: h.remove()
+    sft, kl, n = 0., 0., 0
+    for b, row in enumerate(batch["labels"]):
+        for i in range(1, len(row)):
+            if row[i] == -100: continue
+            p_s, p_t = ((logits[r][b, i - 1]/temperature).softmax(-1) for r in ("student", "teacher"))
+            sft, n = sft - logits["student"][b, i - 1].log_softmax(-1)[row[i]], n + 1
+            kl = kl + temperature**2*(p_t*(p_t/p_s).log()).sum()
+    laid, real = 0., batch["attention_mask"].bool()
+    for x, w, scale in zip("qk", mix.weights(), (mix.scale_q, mix.scale_k)):
+        target = torch.einsum("ij,bjsd->bisd", w, seen["teacher", x])
+        laid = laid + (seen["student", x] - target).transpose(1, 2)[real].square().mean()/scale
+    return {"sft": sft/n, "kl": kl/n, "laid": laid}
+
+
+def test_loss_is_equation_8(trainer, processor, haystacks, tiny):
+    student, teacher = tiny("student").double(), tiny("teacher").double()
+    made = trainer(student, teacher, haystacks, lambda_laid=.2)
+    made.mixing.double()
+    made.start_mixing()
+    batch = HaystackCollator(processor)(haystacks[:3])
+    with made.captured(): loss = made.compute_loss(student, batch)
+    terms = direct_terms(student, teacher, batch, made.mixing["1-2"])
+    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), .7*terms["sft"] + .3*terms["kl"] + .2*terms["laid"], rtol=1e-5, atol=0)
+
+
+def test_sft_is_the_models_own_loss(trainer, processor, haystacks, tiny):
+    student, batch = tiny("student"), HaystackCollator(processor)(haystacks[:2])
+    made = trainer(student, data=haystacks, method="sft")
+    with made.captured(): loss = made.compute_loss(student, batch)
+    own = student(**{k: v for k, v in batch.items() if k not in ("turn", "needles")}).loss
+    torch.testing.assert_close(loss, own)
+
+
+def test_only_supervised_columns_get_logits(trainer, processor, haystacks):
+    made = trainer(data=haystacks, method="kd")
+    batch = HaystackCollator(processor)(haystacks[:1])
+    with made.captured(): _, outputs = made.compute_loss(made.model, batch, return_outputs=True)
+    assert outputs.logits.shape[1] == (batch["labels"] != -100).sum() == 6  # three answers and the token that ends each
+
+
+def test_accumulation_gives_the_gradient_of_the_whole_batch(trainer, processor, tiny):
+    alike = [picture_haystack(i, n_images=3, n_questions=3) for i in range(4)]
+    assert len({HaystackCollator(processor)([h])["input_ids"].shape for h in alike}) == 1
+    runs = [trainer(data=alike, per_device_train_batch_size=b, gradient_accumulation_steps=4//b, optim="sgd", learning_rate=.1, mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0,
+                    max_grad_norm=0, max_steps=2) for b in (4, 1)]
+    for r in runs: r.train()
+    for part in ("model", "mixing"):
+        for x, y in zip(getattr(runs[0], part).parameters(), getattr(runs[1], part).parameters()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-4)
+
+
+def test_gradient_checkpointing_gives_the_same_gradient_under_simulation(trainer, tiny):
+    whole, checkpointed = (trainer(max_gap=100, max_multiplicity=8, ramp=0., optim="sgd", learning_rate=.1, max_steps=1, **more) for more in ({}, {"gradient_checkpointing": True}))
+    for r in (whole, checkpointed): r.train()
+    for x, y in zip(whole.model.parameters(), checkpointed.model.parameters()): torch.testing.assert_close(x, y)
+    assert same(whole.mixing, checkpointed.mixing)
+
+
+def test_teacher_and_student_read_the_same_window(trainer):
+    made, read = trainer(max_gap=500, max_multiplicity=8, ramp=0., max_steps=1), []
+    for model in (made.model, made.teacher):
+        model.model.language_model.register_forward_pre_hook(lambda m, a, kw: read.append((kw["position_ids"], made.caches)), with_kwargs=True)
+    plain = [read_positions(made.model, made.data_collator([s])).max() for s in made.train_dataset]
+    made.start_mixing(); read.clear()
+    super(LaidTrainer, made).train()
+    (positions_s, caches), (positions_t, _) = read
+    assert torch.equal(positions_s, positions_t) and positions_s.max() > max(plain)
+    assert caches[0].bias is caches[1].bias and caches[0].bias.max() > 0
+
+
+def test_the_ramp_follows_the_steps(trainer, monkeypatch):
+    from laid_nb.window import WindowSimulation
+    seen, sample = [], WindowSimulation.sample
+    monkeypatch.setattr(WindowSimulation, "sample", lambda self, *a: seen.append(a[3]) or sample(self, *a))
+    trainer(max_gap=100, method="kd", max_steps=4, gradient_accumulation_steps=2).train()
+    assert seen == [0, 0, .25, .25, .5, .5, .75, .75]
+
+
+def test_a_generator_depends_on_its_place_only():
+    draw = lambda *p: torch.rand(1, generator=step_generator(*p)).item()
+    assert draw(3, 1, 4, 1) == draw(3, 1, 4, 1)
+    assert len({draw(s, t, m, r) for s in (0, 1) for t in (0, 1) for m in (0, 1) for r in (0, 1)}) == 16
+
+
+def test_what_moves_and_what_does_not(trainer, tiny):
+    for train_vision, data in ((False, None), (True, "pixels")):
+        made = trainer(train_vision=train_vision, data=[picture_haystack(0, 2, 2), picture_haystack(1, 2, 2)] if data else None)
+        made.train()
+        before = tiny("student").state_dict()
+        moved = {k for k, v in made.model.state_dict().items() if not torch.equal(v, before[k])}
+        assert any("visual" in k for k in moved) == train_vision and any("q_proj" in k for k in moved)
+        assert same(made.teacher, tiny("teacher")) and not made.teacher.training and all(p.grad is None for p in made.teacher.parameters())
+
+
+def test_frozen_features_cannot_train_the_vision_tower(trainer):
+    with pytest.raises(ValueError, match="train_vision"): trainer(train_vision=True)
+
+
+def test_mixing_has_its_own_learning_rate(trainer):
+    made = trainer(learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
+    made.train()
+    start = trainer(); start.start_mixing()
+    assert [g["lr"] for g in made.optimizer.param_groups] == [0, 0, .1]
+    assert not torch.equal(made.mixing["1-2"].q_convex, start.mixing["1-2"].q_convex)
+
+
+@pytest.mark.parametrize("init", ["uniform", "random"])
+def test_every_start_measures_the_scales(trainer, init):
+    made, ridge = trainer(mixing_init=init), trainer()
+    for m in (made, ridge): m.start_mixing()
+    assert made.mixing["1-2"].scale_q == ridge.mixing["1-2"].scale_q > 0
+    if init == "uniform": assert torch.allclose(made.mixing["1-2"].weights()[0], torch.tensor(1/3))
+
+
+def test_bf16(trainer):
+    made = trainer(bf16=True, max_gap=100, max_multiplicity=4)
+    made.train()
+    assert all(math.isfinite(x) for name in ("loss_sft", "loss_kl", "loss_laid") for x in logged(made, name))
+    assert {p.dtype for p in [*made.model.parameters(), *made.mixing.parameters()]} == {torch.float32}
+
+
+def test_another_family(trainer, haystacks, tiny):
+    made = trainer(tiny("student", Qwen2VLForConditionalGeneration), tiny("teacher", Qwen2VLForConditionalGeneration), haystacks, max_gap=100, max_multiplicity=4)
+    made.train()
+    assert all(math.isfinite(x) for x in logged(made, "loss_laid"))
+
+
+# --- layers -------------------------------------------------------------------
+def test_pairs_of_layers(tiny):
+    s, t = tiny("student").config, tiny("teacher").config
+    assert layer_pairs("last", s, t) == [(1, 2)] and layer_pairs("1:2, 0:1,1:2", s, t) == [(0, 1), (1, 2)]
+    for wrong in ("", "1", "1:2:3", "a:b", "first", "1:-1"):
+        with pytest.raises(ValueError, match="need \"last\""): layer_pairs(wrong, s, t)
+
+
+def test_needle_scores_are_those_of_eager_attention(processor, haystacks, tiny):
+    model, batch = tiny("student").double().eval(), HaystackCollator(processor)(haystacks[:2])
+    groups, scores = read_groups(model, batch), needle_scores(model, [batch], "student")
+    model.set_attn_implementation("eager")
+    with torch.no_grad(): attentions = model(**image_inputs(model, batch, "student"), output_attentions=True).attentions
+    expected = torch.zeros_like(scores)
+    for t in range(3):
+        rows = [(b, i) for b in range(2) for i in range(groups.shape[1]) if batch["turn"][b, i] == t]
+        for l, a in enumerate(attentions):
+            for b, i in rows: expected[l] += sum(a[b, :, i, groups[b] == n].sum(-1) for n in batch["needles"][b][t])/len(rows)/3
+    torch.testing.assert_close(scores, expected)
+
+
+def test_needle_pair_takes_the_best_head_of_each():
+    assert needle_pair(torch.tensor([[.1, .5], [.3, .4]]), torch.tensor([[.2], [.1], [.9]])) == (0, 2)
+
+
+# --- checkpoints --------------------------------------------------------------
+@pytest.mark.parametrize("settings", [dict(method="sft"), dict(layers="needle"), dict(layers="1:2,0:1", constraint="norm", max_gap=100, max_multiplicity=8, gradient_accumulation_steps=2)],
+                         ids=["sft", "needle", "simulation"])
+def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2, weight_decay=.1) | settings
+    whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+    assert again.state.global_step == 4 and logged(whole, "loss") == logged(again, "loss")
+    assert same(whole.model, again.model) and (whole.mixing is None or list(whole.mixing) == list(again.mixing) and same(whole.mixing, again.mixing))
+
+
+@pytest.mark.parametrize("step", [3, 6, 8])
+def test_resume_at_and_after_the_end_of_an_epoch(trainer, tmp_path, step):
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", max_gap=100)  # 6 steps an epoch
+    whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path/f"whole/checkpoint-{step}"))
+    assert same(whole.model, again.model)
+
+
+def test_checkpoint_is_stock(trainer, tmp_path):
+    made = trainer()
+    made.train()
+    made.save_model(str(tmp_path/"result"))
+    code = f"""
+import sys; sys.modules["laid_nb"] = None
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model, processor = AutoModelForImageTextToText.from_pretrained({str(tmp_path/"result")!r}), AutoProcessor.from_pretrained({str(tmp_path/"result")!r})
+out = model(**processor(text="For the dog", return_tensors="pt")).logits
+print(model.config._attn_implementation, out.double().sum().item())"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad(): own = made.model.eval()(**made.processing_class(text="For the dog", return_tensors="pt")).logits.double().sum().item()
+    assert done.stdout.split()[0] == "sdpa" and float(done.stdout.split()[1]) == pytest.approx(own, rel=1e-5)
+    assert (tmp_path/"result/mixing.safetensors").is_file() and "laid" not in (tmp_path/"result/config.json").read_text()
+
+
+def test_best_model_is_loaded_at_the_end(trainer, pool, tmp_path):
+    made = trainer(method="kd", eval_dataset=pool[:2], eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, learning_rate=.5, max_steps=3)
+    made.train()
+    best = type(made.model).from_pretrained(made.state.best_model_checkpoint)
+    assert made.state.best_model_checkpoint.endswith("-1") and same(best, made.model)
+
+
+def test_evaluation_reads_without_simulation(trainer, pool):
+    made, plain = (trainer(method="kd", eval_dataset=pool[:2], ramp=0., **more) for more in (dict(max_multiplicity=50), {}))
+    assert made.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
+
+
+# --- settings -----------------------------------------------------------------
+def test_defaults_are_the_papers():
+    c = LaidConfig(use_cpu=True)
+    assert (c.learning_rate, c.mixing_learning_rate, c.num_train_epochs, c.per_device_train_batch_size, c.gradient_accumulation_steps, c.warmup_steps) == (1e-5, 1e-4, 10, 1, 8, .05)
+    assert (c.alpha, c.temperature, c.layers, c.method, c.simulates, c.train_vision, c.report_to) == (.3, 2, "last", "laid", False, False, ["tensorboard"]) and "adamw" in c.optim
+
+
+def test_flags_yaml_and_json(tmp_path):
+    parser = HfArgumentParser(LaidConfig)
+    (tmp_path/"a.yaml").write_text("method: kd\nmax_multiplicity: 16\nuse_cpu: true\n")
+    (tmp_path/"a.json").write_text(json.dumps(dict(method="kd", max_multiplicity=16, use_cpu=True)))
+    read = [parser.parse_args_into_dataclasses("--method kd --max_multiplicity 16 --use_cpu".split())[0], parser.parse_yaml_file(tmp_path/"a.yaml")[0], parser.parse_json_file(tmp_path/"a.json")[0]]
+    assert {(c.method, float(c.max_multiplicity), c.alpha) for c in read} == {("kd", 16., .3)}
+
+
+def test_weights_of_the_terms():
+    weights = lambda **k: LaidConfig(use_cpu=True, **k).weights
+    assert weights() == {"sft": .7, "kl": .3, "laid": .3} and weights(method="sft") == {"sft": 1}
+    assert weights(lambda_kl=0.) == {"sft": .7, "kl": 0, "laid": .3} and weights(method="kd", alpha=1.) == {"sft": 0, "kl": 1}
+
+
+# --- what is refused ----------------------------------------------------------
+@pytest.mark.parametrize("settings, words", [(dict(alpha=1.5), "alpha is 1.5"), (dict(method="magic"), "method is 'magic'"), (dict(mixing_init="best"), "mixing_init"), (dict(max_gap=-1), "max_gap"),
+                                             (dict(max_multiplicity=.5), "max_multiplicity"), (dict(ramp=2.), "ramp"), (dict(label_smoothing_factor=.1), "label_smoothing"), (dict(init_haystacks=0), "init_haystacks"),
+                                             (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}), "reentrant")])
+def test_wrong_settings(settings, words):
+    with pytest.raises(ValueError, match=words): LaidConfig(use_cpu=True, **settings)
+
+
+def test_no_teacher(processor, pool, tiny, tmp_path):
+    for method in ("kd", "laid"):
+        with pytest.raises(ValueError, match=f"method '{method}' needs a teacher"): LaidTrainer(tiny("student"), LaidConfig(str(tmp_path), use_cpu=True, method=method), pool, processor)
+
+
+def test_no_data(trainer):
+    with pytest.raises(ValueError, match="no haystack"): trainer(data=[])
+
+
+def test_teacher_that_is_the_student(trainer, tiny):
+    model = tiny("student")
+    with pytest.raises(ValueError, match="same object"): trainer(model, model)
+
+
+def test_unequal_tokenizers(trainer, processor):
+    other = copy.deepcopy(processor)
+    tokenizer = json.loads(other.tokenizer.backend_tokenizer.to_str())
+    vocabulary = tokenizer["model"]["vocab"]
+    a, b = [k for k, v in vocabulary.items() if v in (300, 301)]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    from tokenizers import Tokenizer
+    other.tokenizer = type(processor.tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
+    with pytest.raises(ValueError, match="tokenizers differ at id 300"): trainer(teacher_processing_class=other)
+
+
+def test_unequal_image_tokens(trainer, tiny):
+    with pytest.raises(ValueError, match="image token is"): trainer(teacher=tiny("teacher", image_token_id=5))
+
+
+def test_head_dimensions_that_differ(trainer, tiny):
+    with pytest.raises(ValueError, match="head dimensions differ: student 32, teacher 16"): trainer(teacher=tiny("teacher", head_dim=16))
+
+
+def test_rope_that_differs(trainer, tiny):
+    with pytest.raises(ValueError, match="RoPE of student layer 1 and teacher layer 2 differ"): trainer(teacher=tiny("teacher", theta=1e4))
+
+
+def test_a_model_without_rope(trainer):
+    gpt = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50))
+    with pytest.raises(ValueError, match="no RoPE"): trainer(gpt, method="sft")
+
+
+@pytest.mark.parametrize("layers, words", [("2:0", "student layer 2 does not exist"), ("0:3", "teacher layer 3 does not exist"), ("best", "need \"last\"")])
+def test_layers_that_are_not_there(trainer, layers, words):
+    with pytest.raises(ValueError, match=words): trainer(layers=layers)
+
+
+def test_no_supervised_token(trainer, pool):
+    with pytest.raises(ValueError, match="supervise no token"): trainer(data=[s | {"labels": torch.full_like(s["labels"], -100)} for s in pool[:2]], method="kd").train()
+
+
+@pytest.mark.parametrize("who, method, term", [("student", "sft", "sft"), ("teacher", "kd", "kl")])
+def test_nan_names_the_term(trainer, tiny, who, method, term):
+    model = tiny(who)
+    model.lm_head.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match=f"loss term '{term}' is nan"): trainer(**{who: model}, method=method).train()
+
+
+def test_nan_in_the_aligned_heads(trainer):
+    made = trainer()
+    made.start_mixing()
+    made.mixing["1-2"].q_convex.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="loss term 'laid' is nan"): super(LaidTrainer, made).train()
+
+
+def test_after_an_error_both_models_are_as_before(trainer, tiny):
+    student, teacher = tiny("student"), tiny("teacher")
+    student.lm_head.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError): trainer(student, teacher).train()
+    for model in (student, teacher):
+        with capture(model): pass  # would refuse a model that is still captured
+        assert model.config.get_text_config()._attn_implementation == "sdpa"
+
+
+def test_resume_without_mixing_weights(trainer, tmp_path):
+    trainer(folder=tmp_path/"kd", method="kd", save_strategy="steps", save_steps=1).train()
+    with pytest.raises(FileNotFoundError, match="mixing.safetensors"): trainer(folder=tmp_path/"laid").train(resume_from_checkpoint=str(tmp_path/"kd/checkpoint-1"))
+
+
+def test_resume_with_other_layers(trainer, tmp_path):
+    trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="other layers"): trainer(folder=tmp_path/"b", layers="0:1").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
