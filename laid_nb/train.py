@@ -105,11 +105,12 @@ def precompute(
     collator: HaystackCollator,
     student,  # its vision tower must stay frozen
     teacher=None,  # likewise; None for method "sft"
+    progress: bool = True,  # show a bar
 ) -> list[dict]:  # encoded samples with `student_features` and `teacher_features` in place of pixels
     "Encode a pool of haystacks once, images and all."
     from tqdm import tqdm
     roles, samples = {"student": student, "teacher": teacher}, []
-    for h in tqdm(haystacks, desc="encode haystacks", leave=False):
+    for h in tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress):
         sample = collator.encode(h)
         sample |= {f"{role}_features": image_features(model, sample) for role, model in roles.items() if model is not None}
         samples.append({k: v for k, v in sample.items() if k != "pixel_values"})
