@@ -107,7 +107,7 @@ def patchify(
     std: list[float],  # and its `image_std`
 ) -> torch.Tensor:  # [n*16, 1176] float32
     "What the stock image processor makes of a batch of 56-pixel pictures, without its per-image overhead."
-    x = (torch.from_numpy(np.ascontiguousarray(pictures)).float()/255 - torch.tensor(mean))/torch.tensor(std)
+    x = (torch.from_numpy(np.array(pictures)).float()/255 - torch.tensor(mean))/torch.tensor(std)
     n = len(x)
     x = x.permute(0, 3, 1, 2).reshape(n, 3, 2, 2, 14, 2, 2, 14)  # n, channel, block row, row in block, y, block column, column in block, x
     x = x.permute(0, 2, 5, 3, 6, 1, 4, 7).reshape(n*16, 3, 1, 14, 14)

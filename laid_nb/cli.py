@@ -350,27 +350,28 @@ def run_anchors(
 class Demo:
     "Everything that shapes the result of `laid demo`."
     questions: int = 144  # at each size
-    steps: int = 200  # of each training
+    steps: int = 300  # of each training
     seed: int = 0
     sizes: tuple = (1, 2, 5, 10, 20, 50, 100, 150)  # images of a test haystack
-    pool: int = 400  # training haystacks, read several times
+    pool: int = 1000  # training haystacks, read several times
     shortest: int = 2  # images of a training haystack
     longest: int = 20
     batch: int = 8  # training haystacks a step
-    learning_rate: float = 5e-4
+    learning_rate: float = 2e-3
     mixing_learning_rate: float = 5e-3
 
     @property
     def minutes(self):
         "Rough time on 2 cores."
-        return (10 + .05*self.pool + 5*.14*self.questions + 1.5*self.steps)/60
+        return (10 + .04*self.pool + 6*.1*self.questions + 1.1*self.steps)/60
 
 QUICK = dict(questions=36, steps=30, pool=100)  # what --quick changes
 
 TRAININGS = {  # name -> settings of LaidConfig
     "SFT": dict(method="sft"),
+    "SFT + window simulation": dict(method="sft", max_gap=600, max_multiplicity=16.0, ramp=.3),
     "LAid": dict(method="laid"),  # the paper's: last layer, no window simulation
-    "LAid + window simulation": dict(method="laid", max_gap=1000, max_multiplicity=16.0),
+    "LAid + window simulation": dict(method="laid", max_gap=600, max_multiplicity=16.0, ramp=.3),
 }
 
 # %% ../nbs/13_cli.ipynb #demo-folder
@@ -553,7 +554,7 @@ def check_demo(
 def run_demo(
     args,
 ):
-    "Measure the pair, distil the student three times, measure again, compare."
+    "Measure the pair, distil the student four times, measure again, compare."
     given = {k: v for k, v in dict(questions=args.questions, steps=args.steps, seed=args.seed).items() if v is not None}
     demo = Demo(**(QUICK if args.quick else {}) | given)
     out, pair = Path(args.out or ("laid-demo-quick" if args.quick else "laid-demo")), {"teacher": args.teacher, "student": args.student}

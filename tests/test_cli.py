@@ -241,7 +241,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/8]" in printed for i in range(1, 9)) and all(name in printed for name in cli.TRAININGS)
+    assert all(f"[{i}/10]" in printed for i in range(1, 11)) and all(name in printed for name in cli.TRAININGS)
     assert sorted(p.name for p in out.iterdir()) == sorted(cli.OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *cli.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1

@@ -1,0 +1,92 @@
+"The embedded pair: loads without laid_nb, keeps the family's structure, and can do what it was trained for."
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from laid_nb.anchors import OBJECTS, Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
+from laid_nb.haystack import data_path, encode, picture_haystack
+from laid_nb.evaluate import by_size, evaluate
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return {n: AutoModelForImageTextToText.from_pretrained(data_path("anchors", n)).eval() for n in ("teacher", "student")}
+
+
+@pytest.fixture(scope="module")
+def processor(): return AutoProcessor.from_pretrained(data_path("anchors", "student"))
+
+
+def test_stock_classes(pair, processor):
+    assert all(type(m) is Qwen2_5_VLForConditionalGeneration for m in pair.values())
+    assert type(processor) is Qwen2_5_VLProcessor
+
+
+def test_structure_of_the_family(pair):
+    teacher, student = (pair[n].config.text_config for n in ("teacher", "student"))
+    for c in (teacher, student):
+        assert c.num_attention_heads > c.num_key_value_heads and len(c.rope_parameters["mrope_section"]) == 3
+    assert teacher.hidden_size//teacher.num_attention_heads == student.hidden_size//student.num_attention_heads
+    assert teacher.num_hidden_layers > student.num_hidden_layers and teacher.num_attention_heads > student.num_attention_heads
+    vision = pair["student"].config.vision_config
+    assert 0 < len(vision.fullatt_block_indexes) < vision.depth
+
+
+def test_shipped_tokenizer_is_the_one_built(processor):
+    built = build_processor().tokenizer
+    assert built.get_vocab() == processor.tokenizer.get_vocab()
+
+
+def test_both_read_two_images(pair, processor):
+    haystacks = [picture_haystack(s, 2, 2, "val") for s in range(24)]
+    for model in pair.values(): assert by_size(evaluate(model, processor, haystacks, progress=False)).accuracy[0] > .85
+
+
+def test_teacher_sees_further(pair, processor):
+    haystacks = [picture_haystack(s, 150, 12, "val") for s in range(4)]
+    right = {n: by_size(evaluate(m, processor, haystacks, progress=False)).correct[0] for n, m in pair.items()}
+    assert right["teacher"] >= right["student"] + 6 and right["teacher"] > .75*48
+
+
+def test_conversation_is_what_the_stock_processor_makes(processor):
+    row = Conversations(processor.tokenizer).row(np.random.default_rng([9, 6, 0, 0]), 6, 5, 0., False)
+    stock = encode(processor, picture_haystack(9, 6, 5), range(5))
+    assert row[0] == stock["input_ids"][0].tolist() and row[1] == stock["labels"][0].tolist()
+
+
+def test_gaps_stay_in_range(processor):
+    conversations = Conversations(processor.tokenizer, max_position=400)
+    for seed in range(20):
+        *_, positions, _, _ = conversations.batch(np.random.default_rng(seed), 5, 2, n_questions=3)
+        assert positions.max() < 400 and (positions[0].diff(dim=1) >= 0).all()
+
+
+def test_patchify_is_the_image_processor(processor):
+    haystack = picture_haystack(0, 3)
+    images = [haystack.image(i) for i in range(3)]
+    stock = processor.image_processor(images, return_tensors="pt")["pixel_values"]
+    ours = patchify(np.stack([np.asarray(i) for i in images]), processor.image_processor.image_mean, processor.image_processor.image_std)
+    torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
+
+
+def test_naming_loss_gradient():
+    logits = torch.randn(2, 4, 5, dtype=torch.float64, requires_grad=True)
+    target = torch.tensor([[1., 0, 0, 1, 0], [0, 1, 0, 0, 0]], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda x: naming_loss(x, target), logits)
+
+
+def test_looking_loss_gradient():
+    class Fake(dict): scaling = {0: .5}
+    def loss(q, k):
+        cache = Fake({("q", 0): q, ("k", 0): k})
+        return looking_loss(cache, (0,), torch.tensor([0, 1]), torch.tensor([4, 5]), torch.tensor([1, 2]), 2)
+    q, k = (torch.randn(2, h, 6, 4, dtype=torch.float64, requires_grad=True) for h in (2, 1))
+    assert torch.autograd.gradcheck(loss, (q, k))
+
+
+def test_codes_are_orthogonal(processor):
+    namer = Namer({n: anchor_config(n, processor.tokenizer) for n in ("teacher", "student")})
+    for name in ("teacher", "student"):
+        gram = namer.codes(name) @ namer.codes(name).T
+        torch.testing.assert_close(gram, torch.eye(len(OBJECTS) + 1)*gram[0, 0], atol=1e-3, rtol=0)
