@@ -234,7 +234,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     monkeypatch.setattr(cli, "save_model", stop_at_laid)
     assert cli.main(line) == 130
     out = work/"laid-demo-quick"
-    assert sorted(p.name for p in (out/"models").iterdir()) == ["sft"] and not (out/"results.json").exists()
+    assert sorted(p.name for p in (out/"models").iterdir()) == ["sft", "sft-window-simulation"] and not (out/"results.json").exists()
     sft = (out/"models/sft/model.safetensors").stat().st_mtime_ns
     monkeypatch.setattr(cli, "save_model", real)
     capsys.readouterr()
@@ -252,7 +252,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     assert "loss_laid" not in logs["SFT"][0] and all("loss_laid" in logs[name][0] for name in ("LAid", "LAid + window simulation"))
     assert logs["SFT"][0]["loss_sft"] == pytest.approx(logs["LAid"][0]["loss_sft"], rel=1e-4)  # the same first batch
     assert weights(out/"models/sft").keys() == weights(pair/"student").keys()
-    assert (out/"table.md").read_text().count("\n| ") == 5
+    assert (out/"table.md").read_text().count("\n| ") == 2 + len(cli.TRAININGS)
     assert cli.main(line + ["--seed", "1"]) == 2 and "another seed" in capsys.readouterr().err
 
 
