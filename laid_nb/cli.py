@@ -365,7 +365,7 @@ class Demo:
         "Rough time on 2 cores."
         return (10 + .04*self.pool + 6*.1*self.questions + 1.1*self.steps)/60
 
-QUICK = dict(questions=36, steps=30, pool=100)  # what --quick changes
+QUICK = dict(questions=36, steps=60, pool=200, learning_rate=1e-3)  # what --quick changes: enough to see every stage, too little to compare methods
 
 TRAININGS = {  # name -> settings of LaidConfig
     "SFT": dict(method="sft"),
@@ -561,7 +561,8 @@ def run_demo(
     print(f"laid demo {__version__}: how many images can a student search, before and after it learns from its teacher?\n"
           f"Teacher and student answer {demo.questions} questions at each of {', '.join(map(str, demo.sizes))} images. Then the student learns on {demo.shortest}–{demo.longest} images,\n"
           f"{demo.steps} steps each time, by {', by '.join(TRAININGS)}, and is asked again.\n"
-          f"About {max(1, round(demo.minutes))} min on 2 cores; stop and start again as you like. Everything goes to {out}/.\n", flush=True)
+          + ("With --quick every stage is seen, but trainings are too short and questions too few to compare the methods.\n" if args.quick else "")
+          + f"About {max(1, round(demo.minutes))} min on 2 cores; stop and start again as you like. Everything goes to {out}/.\n", flush=True)
     device = prepare()
     run = DemoRun(demo, out, pair, device, claim(out, dataclasses.asdict(demo) | {"trainings": TRAININGS, "version": __version__} | check_demo(pair), args.fresh))
     todo = stages(demo)
