@@ -12,9 +12,7 @@ __all__ = ['SYSTEM', 'SPECIAL', 'CHAT_TEMPLATE', 'SIZES', 'CONTENTS', 'INDEX', '
 import copy
 import itertools
 import json
-import math
 import random
-import time
 from pathlib import Path
 
 import numpy as np
@@ -225,6 +223,7 @@ class Conversations:
     "Random haystacks as token ids, image rows, positions and labels, at the cost of a dictionary look-up a piece."
     def __init__(self, tokenizer, max_position=1300):
         self.tokenizer, self.max_position, self.ids = tokenizer, max_position, {}
+        self.opening = self._ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n")
         self.image = self._ids("<|vision_start|>" + "<|image_pad|>"*4 + "<|vision_end|>")
 
     def _ids(self, text):
@@ -235,7 +234,7 @@ class Conversations:
         "One conversation: ids, labels (-100 but the replies), contents of the images, and of each question (index of the anchor's word, needle, index of the target's word or -1)."
         contents, questions = _single(rng, n_images, n_questions)
         contents = [tuple(sorted(c, key=OBJECTS.index)) for c in contents]
-        ids = self._ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n") + self.image*n_images
+        ids = self.opening + self.image*n_images
         labels, looks = [-100]*len(ids), []
         for k, q in enumerate(questions):
             others = [o for o in contents[q.needles[0]] if o != q.anchor]
@@ -267,7 +266,7 @@ class Conversations:
         "A batch of conversations of one haystack size, padded at the right."
         made = [self.row(rng, n_images, n_questions, lists, hints) for _ in range(rows)]
         length, pad = max(len(m[0]) for m in made), self.tokenizer.pad_token_id
-        start = len(self._ids(f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"))
+        start = len(self.opening)
         ids = torch.tensor([m[0] + [pad]*(length - len(m[0])) for m in made])
         labels = torch.tensor([m[1] + [-100]*(length - len(m[1])) for m in made])
         positions = torch.from_numpy(np.stack([self.positions(rng, n_images, start, length, gaps) for _ in made], 1))
