@@ -1,0 +1,105 @@
+"""One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL, beside the floor that no method can beat."""
+import argparse
+import tempfile
+import warnings
+
+import torch
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.utils import logging
+
+from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.haystack import picture_haystack
+from laid_nb.losses import supervised_rows
+from laid_nb.train import HaystackCollator, LaidConfig, LaidTrainer, image_inputs, precompute, read_positions
+from measure import peak_bytes, seconds, table, write
+
+METHODS = {"SFT": dict(method="sft"), "SFT + KL": dict(method="kd"), "LAid": dict(method="laid"), "LAid+": dict(method="laid+", ramp=0.0)}
+DEPTH = {"teacher": 16, "student": 12}  # the widths are the embedded pair's; a step of so few layers as theirs would overstate what is done once
+
+
+def model(
+    name: str,  # "teacher" or "student"
+    processor,
+) -> Qwen2_5_VLForConditionalGeneration:  # random weights
+    config = anchor_config(name, processor.tokenizer).to_dict()
+    config["text_config"] |= dict(num_hidden_layers=DEPTH[name], layer_types=None)
+    torch.manual_seed(0)
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
+
+
+def sample(
+    tokens: int,  # of the text model, at least
+    processor,
+    pair: dict,  # name -> model
+) -> dict:
+    "An encoded haystack of 12 questions, its images as both frozen towers see them."
+    collate, per_image = HaystackCollator(processor, size=168), 38  # 36 merged patches and two delimiters
+    images = max(12, round((tokens - 300)/per_image))
+    return precompute([picture_haystack(0, images, 12, "train")], collate, pair["student"], pair["teacher"], progress=False)[0]
+
+
+def floor(
+    pair: dict,  # name -> model
+    batch: dict,  # on the device
+):
+    "Teacher forward, student forward and backward: stock models, cross-entropy alone."
+    rows, answers = supervised_rows(batch["labels"])
+    how = dict(position_ids=read_positions(pair["student"], batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
+    def run():
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
+            with torch.no_grad(): pair["teacher"](**image_inputs(pair["teacher"], batch, "teacher"), **how)
+            logits = pair["student"](**image_inputs(pair["student"], batch, "student"), **how).logits
+            torch.nn.functional.cross_entropy(logits[0].float(), answers).backward()
+        pair["student"].zero_grad()
+    return run
+
+
+def step(
+    trainer: LaidTrainer,
+    batch: dict,  # from the collator
+):
+    def run():
+        trainer.training_step(trainer.model, dict(batch))
+        trainer.model.zero_grad()
+        for p in trainer.extra_parameters(): p.grad = None
+    return run
+
+
+def measure(
+    tokens: int,
+    repeat: int,  # timed steps of each method
+) -> list[dict]:  # a row a method
+    processor = build_processor()
+    pair = {name: model(name, processor).to("cuda" if torch.cuda.is_available() else "cpu") for name in DEPTH}
+    pool = [sample(tokens, processor, pair)]
+    calls = {}
+    for name, settings in METHODS.items():
+        config = LaidConfig(tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", init_haystacks=1, **settings)
+        student = model("student", processor)
+        trainer = LaidTrainer(student, config, pool, processor, teacher=pair["teacher"])
+        trainer.model.train()
+        if trainer.mixing is not None: trainer.start_mixing()
+        batch = trainer.data_collator(pool)
+        calls[name] = step(trainer, batch)
+    pair["student"].get_encoder(modality="image").requires_grad_(False)
+    calls["floor"] = floor(pair, {k: v.to(config.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    time, memory = seconds(calls, repeat), {name: peak_bytes(call) for name, call in calls.items()}
+    return [dict(tokens=batch["input_ids"].shape[1], method=name, seconds=time[name], **{"time / SFT + KL": time[name]/time["SFT + KL"]}, MB=memory[name]/1e6,
+                 **{"memory / SFT + KL": memory[name]/memory["SFT + KL"]}) for name in calls]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384] + [53_000]*torch.cuda.is_available(), help="of the haystack that is read")
+    parser.add_argument("--quick", action="store_true", help="1,024 tokens only; nothing is written")
+    args = parser.parse_args()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    rows = []
+    for tokens in [1024] if args.quick else args.tokens:
+        rows += measure(tokens, 5 if tokens < 10_000 else 2)
+        print(table(rows), flush=True)
+    if not args.quick: write("bench_step" + "_gpu"*torch.cuda.is_available(), rows, layers=DEPTH, models="Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair")
+
+
+if __name__ == "__main__": main()
