@@ -8,12 +8,14 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
 from laid_nb.haystack import picture_haystack
-from laid_nb.train import (HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, layer_pairs, needle_pair, needle_scores, precompute,
+from laid_nb.losses import attention_match_loss, fourier_loss
+from laid_nb.rope import rope_spec
+from laid_nb.train import (MEASURED, HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, needle_pair, needle_scores, precompute,
                            read_groups, read_positions, step_generator)
 
 
@@ -50,12 +52,12 @@ def pool(processor, haystacks, tiny):
 
 
 @pytest.fixture
-def trainer(processor, tiny, pool, tmp_path):
-    "trainer(**settings): a LaidTrainer of tiny models, on the precomputed pool unless `data` is given."
+def trainer(processor, tiny, pool, haystacks, tmp_path):
+    "trainer(**settings): a LaidTrainer of tiny models, on the precomputed pool unless `data` is given (\"pixels\": the same haystacks)."
     def make(student=None, teacher=None, data=None, folder=None, teacher_processing_class=None, eval_dataset=None, **settings):
         quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, init_haystacks=4,
                      learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=2)
-        return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), pool if data is None else data, processor,
+        return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), pool if data is None else haystacks if data == "pixels" else data, processor,
                            teacher or tiny("teacher"), teacher_processing_class, eval_dataset=eval_dataset)
     return make
 
@@ -141,6 +143,40 @@ def test_loss_is_equation_8(trainer, processor, haystacks, tiny):
     torch.testing.assert_close(loss.double(), .7*terms["sft"] + .3*terms["kl"] + .2*terms["laid"], rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("distance", ["positions", "tokens"])
+def test_plus_adds_each_term_with_its_weight(trainer, processor, haystacks, tiny, distance):
+    student, teacher = tiny("student").double(), tiny("teacher").double()
+    made = trainer(student, teacher, haystacks, method="laid+", lambda_fourier=.2, lambda_attention=.4, beta=3., gamma=2., distance=distance, ramp=0., gain=False)
+    made.mixing.double()
+    made.start_mixing()
+    batch, mix = HaystackCollator(processor)(haystacks[:3]), made.mixing["1-2"]
+    with made.captured():
+        loss = made.compute_loss(student, batch)
+        (s, t), mask = made.caches, batch["attention_mask"]
+        heads = s["q", 1], s["k", 1], *mix(t["q", 2], t["k", 2])
+        terms = direct_terms(student, teacher, batch, mix)
+    terms["fourier"] = fourier_loss(*heads, mask, spec=rope_spec(student))
+    terms["attention"] = attention_match_loss(*heads, mask, positions=read_positions(student, batch) if distance == "positions" else None, beta=3., gamma=2.)
+    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(loss.double(), sum(w*terms[name] for name, w in dict(sft=.7, kl=.3, laid=.3, fourier=.2, attention=.4).items()), rtol=1e-5, atol=0)
+
+
+def test_beta_grows_over_the_ramp(trainer, monkeypatch):
+    from laid_nb import train
+    seen, match = [], train.attention_match_loss
+    monkeypatch.setattr(train, "attention_match_loss", lambda *a: seen.append(a[8]) or match(*a))
+    trainer(method="laid+", beta=4., ramp=.5, max_steps=4).train()
+    assert seen == [0, 2, 4, 4]
+
+
+def test_terms_of_weight_zero_are_not_computed(trainer, monkeypatch):
+    from laid_nb import train
+    for name in ("laid_loss", "fourier_loss"): monkeypatch.setattr(train, name, lambda *a, **k: pytest.fail("computed"))
+    made = trainer(method="laid+", lambda_laid=0., lambda_fourier=0.)
+    made.train()
+    assert logged(made, "loss_attention") and not logged(made, "loss_laid")
+
+
 def test_sft_is_the_models_own_loss(trainer, processor, haystacks, tiny):
     student, batch = tiny("student"), HaystackCollator(processor)(haystacks[:2])
     made = trainer(student, data=haystacks, method="sft")
@@ -167,11 +203,15 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(trainer, processor, 
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-4)
 
 
-def test_gradient_checkpointing_gives_the_same_gradient_under_simulation(trainer, tiny):
-    whole, checkpointed = (trainer(max_gap=100, max_multiplicity=8, ramp=0., optim="sgd", learning_rate=.1, max_steps=1, **more) for more in ({}, {"gradient_checkpointing": True}))
+@pytest.mark.parametrize("method", ["laid", "laid+"])
+def test_gradient_checkpointing_gives_the_same_gradient_under_simulation(trainer, method):
+    settings = dict(method=method, max_gap=100, max_multiplicity=8, ramp=0., optim="sgd", learning_rate=.1, max_steps=1)
+    whole, checkpointed = (trainer(**settings, **more) for more in ({}, {"gradient_checkpointing": True}))
     for r in (whole, checkpointed): r.train()
     for x, y in zip(whole.model.parameters(), checkpointed.model.parameters()): torch.testing.assert_close(x, y)
     assert same(whole.mixing, checkpointed.mixing)
+    if method == "laid+":
+        for x, y in zip(whole.learned_gains.parameters(), checkpointed.learned_gains.parameters()): torch.testing.assert_close(x, y)
 
 
 def test_teacher_and_student_read_the_same_window(trainer):
@@ -183,7 +223,7 @@ def test_teacher_and_student_read_the_same_window(trainer):
     super(LaidTrainer, made).train()
     (positions_s, caches), (positions_t, _) = read
     assert torch.equal(positions_s, positions_t) and positions_s.max() > max(plain)
-    assert caches[0].bias is caches[1].bias and caches[0].bias.max() > 0
+    assert caches[0].bias is caches[1].bias and caches[0].bias[0].max() > 0
 
 
 def test_the_ramp_follows_the_steps(trainer, monkeypatch):
@@ -231,10 +271,68 @@ def test_every_start_measures_the_scales(trainer, init):
 
 
 def test_bf16(trainer):
-    made = trainer(bf16=True, max_gap=100, max_multiplicity=4)
+    made = trainer(method="laid+", bf16=True, max_gap=100, max_multiplicity=4)
     made.train()
-    assert all(math.isfinite(x) for name in ("loss_sft", "loss_kl", "loss_laid") for x in logged(made, name))
-    assert {p.dtype for p in [*made.model.parameters(), *made.mixing.parameters()]} == {torch.float32}
+    assert all(math.isfinite(x) for name in made.args.weights for x in logged(made, f"loss_{name}"))
+    assert {p.dtype for p in [*made.model.parameters(), *made.mixing.parameters(), *made.learned_gains.parameters()]} == {torch.float32}
+
+
+@pytest.mark.parametrize("form", ["band", "complex"])
+def test_forms_of_mixing(trainer, form):
+    made = trainer(form=form, max_steps=3, mixing_learning_rate=.1)
+    made.train()
+    w, start = made.mixing["1-2"].weights()[0], trainer(form=form)
+    start.start_mixing()
+    assert w.shape == (2, 3, 16) and w.is_complex() == (form == "complex") and not torch.equal(w, start.mixing["1-2"].weights()[0])
+    assert all(math.isfinite(x) for x in logged(made, "loss_laid"))
+
+
+def test_a_pair_that_differs_in_head_dimension_and_rope(trainer, tiny):
+    made = trainer(teacher=tiny("teacher", head_dim=16, theta=1e4), data="pixels", method="laid+", lambda_laid=0., mixing_init="uniform")
+    made.train()
+    assert all(math.isfinite(x) for name in ("fourier", "attention") for x in logged(made, f"loss_{name}"))
+
+
+# --- the gain -----------------------------------------------------------------
+def answers(model, sample):
+    with torch.no_grad(): return model.eval()(**image_inputs(model, sample, "student"), position_ids=read_positions(model, sample)).logits
+
+
+@pytest.mark.parametrize("method", ["sft", "laid+"])
+def test_the_gain_learns_and_is_folded_at_the_end(trainer, pool, method):
+    made = trainer(method=method, gain=True, mixing_learning_rate=.1, save_strategy="steps", save_steps=2, max_steps=2, lr_scheduler_type="constant", warmup_steps=0)
+    seen = []
+    class Watch(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            with made.captured(): seen.append(answers(made.model, pool[0]))
+    made.add_callback(Watch())
+    made.train()
+    gains = torch.stack([g.gain() for g in made.learned_gains.values()])
+    assert gains.shape == (2, 2, 16) and (gains - 1).abs().min() > 0
+    torch.testing.assert_close(answers(made.model, pool[0]), seen[-1], rtol=1e-4, atol=1e-5)  # stock, as it was with the gain in its attention
+    saved = type(made.model).from_pretrained(made.args.output_dir + "/checkpoint-2")
+    assert same(saved, made.model)
+
+
+def test_saving_leaves_the_student_as_it_was(trainer, tmp_path):
+    made = trainer(method="laid+")
+    with torch.no_grad():
+        for p in made.gains.parameters(): p.add_(1.)
+    before = {k: v.clone() for k, v in made.model.state_dict().items()}
+    made.save_model(str(tmp_path/"saved"))
+    assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
+    assert not same(type(made.model).from_pretrained(tmp_path/"saved"), made.model)
+
+
+def test_gain_has_the_mixing_learning_rate(trainer):
+    made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1)
+    made.train()
+    assert [len(g["params"]) for g in made.optimizer.param_groups][2] == 2 + 2  # two mixings, a gain for each layer
+
+
+def test_resume_without_a_gain(trainer, tmp_path):
+    trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
+    with pytest.raises(FileNotFoundError, match="gain.safetensors"): trainer(folder=tmp_path/"b", gain=True).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
 
 
 def test_another_family(trainer, haystacks, tiny):
@@ -244,11 +342,12 @@ def test_another_family(trainer, haystacks, tiny):
 
 
 # --- layers -------------------------------------------------------------------
-def test_pairs_of_layers(tiny):
-    s, t = tiny("student").config, tiny("teacher").config
-    assert layer_pairs("last", s, t) == [(1, 2)] and layer_pairs("1:2, 0:1,1:2", s, t) == [(0, 1), (1, 2)]
-    for wrong in ("", "1", "1:2:3", "a:b", "first", "1:-1"):
-        with pytest.raises(ValueError, match="need \"last\""): layer_pairs(wrong, s, t)
+def test_layers_chosen_by_what_explains_them(trainer):
+    made = trainer(layers="best")
+    made.start_mixing()
+    chosen = [tuple(map(int, key.split("-"))) for key in made.mixing]
+    batches = [made.data_collator([s]) for s in made.train_dataset[:4]]
+    assert chosen == MEASURED["best"](made.model.eval(), made.teacher, batches) and [s for s, _ in chosen] == [0, 1]
 
 
 def test_needle_scores_are_those_of_eager_attention(processor, haystacks, tiny):
@@ -269,8 +368,9 @@ def test_needle_pair_takes_the_best_head_of_each():
 
 
 # --- checkpoints --------------------------------------------------------------
-@pytest.mark.parametrize("settings", [dict(method="sft"), dict(layers="needle"), dict(layers="1:2,0:1", constraint="norm", max_gap=100, max_multiplicity=8, gradient_accumulation_steps=2)],
-                         ids=["sft", "needle", "simulation"])
+@pytest.mark.parametrize("settings", [dict(method="sft"), dict(layers="needle"), dict(layers="1:2,0:1", constraint="norm", max_gap=100, max_multiplicity=8, gradient_accumulation_steps=2),
+                                      dict(method="laid+", form="complex", layers="best", max_gap=100, max_multiplicity=8)],
+                         ids=["sft", "needle", "simulation", "plus"])
 def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
     settings = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=2, weight_decay=.1) | settings
     whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
@@ -306,8 +406,9 @@ print(model.config._attn_implementation, out.double().sum().item())"""
     assert (tmp_path/"result/mixing.safetensors").is_file() and "laid" not in (tmp_path/"result/config.json").read_text()
 
 
-def test_best_model_is_loaded_at_the_end(trainer, pool, tmp_path):
-    made = trainer(method="kd", eval_dataset=pool[:2], eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, learning_rate=.5, max_steps=3)
+@pytest.mark.parametrize("gain", [False, True])
+def test_best_model_is_loaded_at_the_end(trainer, pool, gain):
+    made = trainer(method="kd", gain=gain, eval_dataset=pool[:2], eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1, load_best_model_at_end=True, learning_rate=.5, max_steps=3)
     made.train()
     best = type(made.model).from_pretrained(made.state.best_model_checkpoint)
     assert made.state.best_model_checkpoint.endswith("-1") and same(best, made.model)
@@ -337,11 +438,16 @@ def test_weights_of_the_terms():
     weights = lambda **k: LaidConfig(use_cpu=True, **k).weights
     assert weights() == {"sft": .7, "kl": .3, "laid": .3} and weights(method="sft") == {"sft": 1}
     assert weights(lambda_kl=0.) == {"sft": .7, "kl": 0, "laid": .3} and weights(method="kd", alpha=1.) == {"sft": 0, "kl": 1}
+    assert weights(lambda_attention=.1) == {"sft": .7, "kl": .3, "laid": .3, "attention": .1}
+    assert weights(method="laid+", lambda_fourier=1.) == {"sft": .7, "kl": .3, "laid": .3, "fourier": 1., "attention": .3}
+    assert [LaidConfig(use_cpu=True, **k).gains for k in (dict(), dict(gain=True), dict(method="laid+"), dict(method="laid+", gain=False))] == [False, True, True, False]
 
 
 # --- what is refused ----------------------------------------------------------
 @pytest.mark.parametrize("settings, words", [(dict(alpha=1.5), "alpha is 1.5"), (dict(method="magic"), "method is 'magic'"), (dict(mixing_init="best"), "mixing_init"), (dict(max_gap=-1), "max_gap"),
                                              (dict(max_multiplicity=.5), "max_multiplicity"), (dict(ramp=2.), "ramp"), (dict(label_smoothing_factor=.1), "label_smoothing"), (dict(init_haystacks=0), "init_haystacks"),
+                                             (dict(form="matrix"), "form is 'matrix'"), (dict(distance="pixels"), "distance is 'pixels'"), (dict(beta=-1.), "beta is -1"), (dict(gamma=0.), "gamma 0"),
+                                             (dict(method="sft", lambda_kl=.1), "'sft' has no term 'kl'"), (dict(method="kd", lambda_fourier=.1), "'kd' has no term 'fourier'"),
                                              (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}), "reentrant")])
 def test_wrong_settings(settings, words):
     with pytest.raises(ValueError, match=words): LaidConfig(use_cpu=True, **settings)
@@ -389,7 +495,7 @@ def test_a_model_without_rope(trainer):
     with pytest.raises(ValueError, match="no RoPE"): trainer(gpt, method="sft")
 
 
-@pytest.mark.parametrize("layers, words", [("2:0", "student layer 2 does not exist"), ("0:3", "teacher layer 3 does not exist"), ("best", "need \"last\"")])
+@pytest.mark.parametrize("layers, words", [("2:0", "student layer 2 does not exist"), ("0:3", "teacher layer 3 does not exist"), ("first", "first")])
 def test_layers_that_are_not_there(trainer, layers, words):
     with pytest.raises(ValueError, match=words): trainer(layers=layers)
 
