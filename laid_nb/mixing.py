@@ -46,11 +46,11 @@ def mix(
     "Mixtures of heads, `Σ_j w[i, j] · heads[:, j]` (paper Eq. 3, right-hand side); by band, with a real or a complex weight on each pair read as u + iv (ours). `ValueError` for weights that do not fit."
     if w.ndim == 2 and not w.is_complex(): return torch.einsum("ij,bjsd->bisd", w.to(heads.dtype), heads)
     if spec is None: raise ValueError(f"weights {tuple(w.shape)} are by band: pass the teacher's RopeSpec")
-    x = to_bands(heads, spec)  # [batch, h_t, tokens, bands, 2]
-    if w.ndim != 3 or w.shape[1:] != (x.shape[1], x.shape[3]): raise ValueError(f"weights {tuple(w.shape)} do not fit heads {tuple(heads.shape)}, need [h_s, {x.shape[1]}, {x.shape[3]} bands]")
-    if not w.is_complex(): return from_bands(torch.einsum("ijf,bjsfp->bisfp", w.to(heads.dtype), x), spec)
-    turn = torch.stack([w.real, -w.imag, w.imag, w.real], -1).unflatten(-1, (2, 2))  # the 2 x 2 matrix of each complex number; real, so that bfloat16 works
-    return from_bands(torch.einsum("ijfpq,bjsfq->bisfp", turn.to(heads.dtype), x), spec)
+    bands = spec.head_dim // 2
+    if w.ndim != 3 or w.shape[1:] != (heads.shape[1], bands): raise ValueError(f"weights {tuple(w.shape)} do not fit heads {tuple(heads.shape)}, need [h_s, {heads.shape[1]}, {bands} bands]")
+    if not w.is_complex(): return torch.einsum("ijd,bjsd->bisd", from_bands(w[..., None].expand(*w.shape, 2), spec).to(heads.dtype), heads)
+    turn = torch.stack([w.real, -w.imag, w.imag, w.real], -1).unflatten(-1, (2, 2))  # [h_s, h_t, bands, 2 out, 2 in]
+    return from_bands(torch.einsum("ijfpq,bjsfq->bisfp", turn.to(heads.dtype), to_bands(heads, spec)), spec)
 
 # %% ../nbs/03_mixing.ipynb #repeat
 def repeat_kv(
@@ -240,8 +240,10 @@ def explained(
     w: torch.Tensor,  # weights [h_s, h_t] or [h_s, h_t, bands]
     gram: Gram,  # of the same form
 ) -> torch.Tensor:  # [h_s], float64
-    "Sum of squares that the mixtures account for, `‖S‖² - ‖S - ΣwT‖²`, for each student head (ours)."
-    w = w.detach().cpu().to(gram.cross.dtype)
+    "Sum of squares that the mixtures account for, `‖S‖² - ‖S - ΣwT‖²`, for each student head (ours). `ValueError` for sums of another form."
+    if (w.ndim, w.is_complex()) != (gram.cross.ndim, gram.cross.is_complex()):
+        raise ValueError(f"weights {tuple(w.shape)} {w.dtype} and Gram sums {tuple(gram.cross.shape)} {gram.cross.dtype} are of different forms: see Gram.form")
+    w = w.detach().to("cpu", gram.cross.dtype)
     if w.ndim == 3: w = w.movedim(-1, 0)
     gained = 2 * (w.conj() * gram.cross).real.sum(-1) - torch.einsum("...ij,...jk,...ik->...i", w.conj(), gram.teacher, w).real
     return gained.sum(0) if w.ndim == 3 else gained
@@ -424,18 +426,22 @@ def layer_pairs(
 
 # %% ../nbs/03_mixing.ipynb #table
 def explained_table(
-    grams: dict[tuple[int, int], GramStats],  # (student layer, teacher layer) -> sums; every pair of layers 0..n
+    grams: dict[tuple[int, int], GramStats],  # (student layer, teacher layer) -> sums; every pair of layers from 0 on
     form: str = "scalar",  # "scalar", "band" or "complex"
     ridge: float = 1e-3,  # relative to the mean diagonal of the teacher's Gram matrix
     fit: dict[tuple[int, int], GramStats] | None = None,  # sums the weights are fitted to; None = the same ones, which flatters
+    of: str = "qk",  # "q" queries, "k" keys, "qk" the mean of both
 ) -> torch.Tensor:  # [student layers, teacher layers], float64, at most 1
-    "Share of the student's queries and keys that free ridge weights explain: the sum of squares explained over all heads by that of the heads, the mean of queries and keys (ours)."
-    shape = [1 + max(pair[side] for pair in grams) for side in (0, 1)]
-    missing = [(s, t) for s in range(shape[0]) for t in range(shape[1]) if (s, t) not in grams]
-    if missing: raise ValueError(f"the table needs every pair of layers: {missing} of {shape[0]} x {shape[1]} are missing")
-    def share(seen, fitted): return (explained(ridge_weights(fitted.form(form), ridge), seen.form(form)).sum() / seen.student.sum()).item()
-    both = lambda pair: (grams[pair], (fit or grams)[pair])
-    return torch.tensor([[sum(share(getattr(g, x), getattr(f, x)) for x in "qk") / 2 for g, f in (both((s, t)) for t in range(shape[1]))] for s in range(shape[0])], dtype=torch.float64)
+    "Share of the sum of squares of the student's heads that free ridge weights explain, for every pair of layers (ours). `ValueError` if a pair is missing."
+    n_s, n_t = (1 + max((pair[side] for pair in grams), default=0) for side in (0, 1))
+    missing = [(s, t) for s in range(n_s) for t in range(n_t) if (s, t) not in grams or fit and (s, t) not in fit]
+    if missing: raise ValueError(f"a table of {n_s} x {n_t} layers needs sums of every pair; missing: {missing}")
+    table = torch.zeros(n_s, n_t, dtype=torch.float64)
+    for pair, stats in grams.items():
+        for x in of:
+            seen, fitted = (getattr(g, x).form(form) for g in (stats, fit[pair] if fit else stats))
+            table[pair] += explained(ridge_weights(fitted, ridge), seen).sum() / seen.student.sum() / len(of)
+    return table
 
 
 def best_pairs(
