@@ -4,7 +4,7 @@ import pytest, torch
 from torch.nn.functional import softmax
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config,
                           T5ForConditionalGeneration)
-from laid_nb.capture import capture
+from laid_nb.capture import capture, extend_heads
 
 TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -362,12 +362,144 @@ def test_wrong_bias_shape():
     with capture(model, [], bias=torch.zeros(1, 1, 8, 8)), pytest.raises(ValueError, match=r"\[1, 1, 8, 8\].*\[2, 1, 9, 9\]"): model(**batch("none"))
     with capture(model, [], bias=torch.zeros(9, 9)), pytest.raises(ValueError, match=r"\[9, 9\]"): model(**batch("none"))
 
-def test_bias_with_other_attention_refused():
-    AttentionInterface.register("flash_test", AttentionInterface()["sdpa"])
+def maskless(family="llama"):
+    "A model whose kernel takes no mask: it stops at one."
+    def kernel(module, query, key, value, attention_mask, **kwargs):
+        assert attention_mask is None and key.shape[-1] == value.shape[-1] == query.shape[-1]
+        return AttentionInterface()["sdpa"](module, query, key, value, None, **kwargs)
+    AttentionInterface.register("flash_test", kernel)
     AttentionMaskInterface.register("flash_test", AttentionMaskInterface()["flash_attention_2"])
-    model = build("llama", "sdpa")
-    model.config._attn_implementation = "flash_test"
+    model = build(family, "sdpa")
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values(): config._attn_implementation = "flash_test"
+    return model
+
+def test_dense_bias_refused_where_the_kernel_takes_no_mask():
+    model = maskless()
     with capture(model, []) as cache:
         model(**batch("none"))
         cache.bias = torch.zeros(1, 1, 9, 9)
-        with pytest.raises(ValueError, match='"flash_test" takes no bias'): model(**batch("none"))
+        with pytest.raises(ValueError, match='"flash_test" takes no dense bias'): model(**batch("none"))
+
+# --- factors of a bias ------------------------------------------------------------------------------------------------------------------------
+def factors(n=9, images=3, batch=2, dtype=torch.float64):
+    g = torch.Generator().manual_seed(2)
+    return torch.randn(batch, n, images, generator=g, dtype=torch.float64).to(dtype), torch.randn(batch, n, images, generator=g, dtype=torch.float64).to(dtype)
+
+@pytest.mark.parametrize("head_dim, value_dim, images", [(8, 8, 8), (8, 8, 1), (6, 4, 3), (8, 24, 2)])
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_extended_heads_hold_the_bias(head_dim, value_dim, images, dtype, atol):
+    "Outputs and gradients of grouped attention, against softmax(s q k^T + rows keys^T) v written out."
+    g, (rows, keys), s = torch.Generator().manual_seed(3), factors(images=images, dtype=dtype), .3
+    x = [torch.randn(2, h, 9, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for h, d in ((4, head_dim), (2, head_dim), (2, value_dim))]
+    q, k, v = extend_heads(*x, rows, keys, s)
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] < max(head_dim + images, value_dim) + 8
+    wide = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s, enable_gqa=True)[..., :value_dim]
+    k, v = (t.repeat_interleave(2, 1) for t in x[1:])
+    logits = s * x[0] @ k.mT + (rows @ keys.mT)[:, None]
+    expected = softmax(logits.masked_fill(torch.ones(9, 9, dtype=torch.bool).triu(1), -torch.inf), -1) @ v
+    torch.testing.assert_close(wide, expected, rtol=0, atol=atol)
+    probe = torch.randn(expected.shape, generator=g, dtype=torch.float64).to(dtype)
+    for a, b in zip(torch.autograd.grad((wide * probe).sum(), x), torch.autograd.grad((expected * probe).sum(), x)):
+        torch.testing.assert_close(a, b, rtol=0, atol=atol)
+
+@pytest.mark.parametrize("attn, padding", [*((a, p) for a in ("sdpa", "eager") for p in ("none", "left", "right")), ("flash_test", "none")])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "gemma3"])
+def test_factors_equal_the_dense_bias(family, attn, padding):
+    "Gemma 3 scales by query_pre_attn_scalar and not by its head_dim, and slides in layer 0 (over all 4 tokens here)."
+    model, inputs = maskless(family) if attn == "flash_test" else build(family, attn), batch(padding, n=4 if attn == "flash_test" else 9, pad=2)
+    real, (rows, keys) = inputs["attention_mask"].bool(), factors(inputs["input_ids"].shape[1])
+    reference = build(family, "sdpa" if attn == "flash_test" else attn)
+    with torch.no_grad(), capture(model, [], bias=(rows, keys)), capture(reference, [], bias=(rows @ keys.mT)[:, None]) as dense:
+        logits, expected = model(**inputs).logits[real], reference(**inputs).logits[real]
+        dense.bias = None
+        assert not torch.allclose(reference(**inputs).logits[real], expected, atol=1e-3)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)                          # the families' RMSNorm is float32
+
+def test_factors_leave_the_captured_tensors_alone():
+    model, inputs = build("llama", "sdpa"), batch("none")
+    with torch.no_grad(), capture(model, 0) as plain: model(**inputs)
+    with torch.no_grad(), capture(model, 0, bias=factors(batch=1)) as biased: model(**inputs)
+    assert torch.equal(plain["q", 0], biased["q", 0]) and torch.equal(plain["k", 0], biased["k", 0]) and plain.scaling == biased.scaling
+
+def test_factors_without_padding_make_no_mask():
+    "Largest tensor of any attention operation: [heads, tokens, wide head], where the dense bias has [tokens, tokens]."
+    model, n, largest = build("llama", "sdpa"), 300, []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    def watched(q, k, v, attn_mask=None, **kw):
+        largest.append(0 if attn_mask is None else attn_mask.numel())
+        return sdpa(q, k, v, attn_mask=attn_mask, **kw)
+    ids, (rows, keys) = torch.randint(3, 49, (1, n)), factors(n, batch=1)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+        with capture(model, [], bias=(rows, keys)) as cache:
+            model(input_ids=ids, use_cache=False)
+            assert largest == [0, 0]
+            cache.bias = (rows @ keys.mT)[:, None]
+            model(input_ids=ids, use_cache=False)
+            assert largest[2:] == [n * n, n * n]
+
+def test_factors_under_checkpointing():
+    model, inputs = build("qwen2_5_vl", "sdpa").train(), batch("none")
+    plain = gradients(model, inputs, bias=factors())
+    model.activation_checkpointing_enable()
+    for a, b in zip(plain, gradients(model, inputs, bias=factors()), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_wrong_factors(padding):
+    model, (rows, keys) = build("llama", "sdpa"), factors()
+    for bad, message in (((rows[:, 1:], keys), r"rows of the bias has shape \[2, 8, 3\].*\[2, 9, 3\]"), ((rows, keys[..., 1:]), r"keys of the bias has shape \[2, 9, 2\]"),
+                         ((rows[0], keys), "rows of the bias"), ((rows, keys.repeat(2, 1, 1)), "keys of the bias")):
+        with capture(model, [], bias=bad), pytest.raises(ValueError, match=message): model(**batch(padding))
+
+# --- gain -------------------------------------------------------------------------------------------------------------------------------------
+class Scale(torch.nn.Module):
+    "One factor per head."
+    def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.tensor([.5, 1., 2., 3.], dtype=torch.float64))
+    def forward(self, query): return query * self.weight[:, None, None]
+
+@pytest.mark.parametrize("kind", [dict, torch.nn.ModuleDict])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "mllama"])
+def test_gain_goes_into_queries_and_logits(family, kind):
+    "Captured queries and logits, against q_proj rows scaled by hand; the other layer untouched."
+    model, inputs, scale = build(family, "sdpa"), batch("left"), Scale()
+    gain = kind({"0": scale}) if kind is torch.nn.ModuleDict else {0: scale}
+    with torch.no_grad():
+        with capture(model) as plain: model(**inputs)
+        with capture(model, gain=gain) as cache: logits = model(**inputs).logits
+        attention = next(m for m in model.modules() if getattr(m, "layer_idx", None) == 0 and hasattr(m, "q_proj"))
+        for p in attention.q_proj.parameters(): p.mul_(scale.weight.repeat_interleave(8).view(-1, *[1] * (p.dim() - 1)))
+        with capture(model) as by_weights: expected = model(**inputs).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    for l in cache.layers: torch.testing.assert_close(cache["q", l], by_weights["q", l], rtol=0, atol=1e-5)
+    assert torch.equal(plain["k", 0], cache["k", 0]) and not torch.allclose(plain["q", 0], cache["q", 0])
+
+def test_gain_learns_from_logits_and_from_captured_queries():
+    model, inputs, scale = build("llama", "sdpa").requires_grad_(False), batch("none"), Scale()
+    with capture(model, [], gain={0: scale}):
+        assert torch.autograd.grad(model(**inputs).logits.pow(2).mean(), scale.weight)[0].abs().min() > 0
+    with capture(model, 0, gain={0: scale}) as cache:
+        model(**inputs)
+        got = torch.autograd.grad(cache["q", 0].pow(2).sum(), scale.weight)[0]
+    plain = cache["q", 0].detach() / scale.weight.detach()[:, None, None]
+    torch.testing.assert_close(got, 2 * scale.weight.detach() * plain.pow(2).sum((0, 2, 3)), rtol=1e-10, atol=0)
+
+def test_gain_under_checkpointing():
+    model, inputs, scale = build("qwen2_5_vl", "sdpa").train(), batch("left"), Scale()
+    def gradient():
+        with capture(model, gain={0: scale, 1: scale}) as cache: return torch.autograd.grad(losses(model, inputs, cache), scale.weight)[0]
+    plain = gradient()
+    model.activation_checkpointing_enable()
+    torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-10)
+
+def test_gain_may_change_and_wrong_ones_are_refused():
+    model, inputs = build("llama", "sdpa"), batch("none")
+    before = model(**inputs).logits
+    with torch.no_grad(), capture(model, [], gain={0: lambda q: 0 * q}) as cache:
+        assert not torch.allclose(model(**inputs).logits, before)
+        cache.gain = None
+        assert torch.equal(model(**inputs).logits, before)
+        with pytest.raises(ValueError, match="layer 2.*text layers 0 to 1"): cache.gain = {2: lambda q: q}
+        with pytest.raises(TypeError, match="list"): cache.gain = [lambda q: q]
+    with pytest.raises(ValueError, match="layer -1"):
+        with capture(model, gain={-1: lambda q: q}): pass
+    assert set(implementations(model)) == {"sdpa"}
