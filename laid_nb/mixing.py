@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'to_bands', 'from_bands', 'mix', 'repeat_kv', 'constrained', 'real_tokens', 'check_heads', 'Gram',
            'GramStats', 'damped', 'ridge_weights', 'nonnegative_ridge', 'ridge_start', 'explained', 'HeadMixing',
-           'mixing_kind', 'head_sizes', 'mixings', 'layer_pairs', 'explained_table', 'best_pairs']
+           'mixing_kind', 'head_sizes', 'mixings', 'layer_pairs', 'explained_table', 'best_pairs', 'plot_weights']
 
 # %% ../nbs/03_mixing.ipynb #imports
 import math
@@ -449,3 +449,31 @@ def best_pairs(
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Each student layer with the teacher layer that explains it best (ours)."
     return list(enumerate(table.argmax(1).tolist()))
+
+# %% ../nbs/03_mixing.ipynb #plot
+def plot_weights(
+    w: torch.Tensor,  # real [h_s, h_t] or [h_s, h_t, bands], or complex [h_s, h_t, bands]
+    limit: float,  # colour range: -limit..limit for real weights, 0..limit for gains
+    spec: RopeSpec | None = None,  # names the bands by axis and wavelength in positions
+    title: str = "mixing weights",
+) -> Figure:
+    "Weights of every student head on the teacher's heads, by band if they are (ours)."
+    w = w.detach().cpu()
+    panels = [w] if w.ndim == 2 else list(w)
+    h_t, parts = panels[0].shape[0], 1 + w.is_complex()
+    figure = Figure(figsize=(1 + 5 * parts if w.ndim == 3 else 4.5, 1 + len(panels) * (0.35 + 0.16 * h_t) if w.ndim == 3 else 1.2 + 0.22 * len(w)), layout="constrained", dpi=80)
+    axes = figure.subplots(len(panels), parts, squeeze=False, sharex=True, sharey=True)
+    for i, (row, panel) in enumerate(zip(axes, panels)):
+        gain = panel.abs() if w.is_complex() else panel
+        shown = [row[0].imshow(gain.numpy(), cmap="viridis" if w.is_complex() else "RdBu_r", vmin=0 if w.is_complex() else -limit, vmax=limit, aspect="auto", interpolation="nearest")]
+        if w.is_complex(): shown.append(row[1].imshow(panel.angle().numpy(), cmap="twilight_shifted", vmin=-math.pi, vmax=math.pi, alpha=(gain / limit).clamp(0, 1).numpy(), aspect="auto", interpolation="nearest"))
+        row[0].set_ylabel("student head" if w.ndim == 2 else f"student {i}\nteacher head", fontsize=8)
+    for column, (image, label) in enumerate(zip(shown, ("gain" if w.is_complex() else "weight", "phase in radians"))):
+        figure.colorbar(image, ax=list(axes[:, column]), label=label)
+        axes[-1, column].set_xlabel("teacher head" if w.ndim == 2 else "band" if spec is None else "band: axis and wavelength in positions")
+        if w.ndim == 3 and spec is not None:
+            names = [f"{'THW'[a]} {n:.0f}" for a, n in zip(spec.axis, spec.wavelength)] + ["still"] * (w.shape[2] - len(spec.inv_freq))
+            step = max(1, len(names) // 16)
+            axes[-1, column].set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+    figure.suptitle(title, fontsize=10)
+    return figure
