@@ -46,8 +46,8 @@ def mix(
     "Mixtures of heads, `Σ_j w[i, j] · heads[:, j]` (paper Eq. 3, right-hand side); by band, with a real or a complex weight on each pair read as u + iv (ours). `ValueError` for weights that do not fit."
     if w.ndim == 2 and not w.is_complex(): return torch.einsum("ij,bjsd->bisd", w.to(heads.dtype), heads)
     if spec is None: raise ValueError(f"weights {tuple(w.shape)} are by band: pass the teacher's RopeSpec")
-    bands = spec.head_dim // 2
-    if w.ndim != 3 or w.shape[1:] != (heads.shape[1], bands): raise ValueError(f"weights {tuple(w.shape)} do not fit heads {tuple(heads.shape)}, need [h_s, {heads.shape[1]}, {bands} bands]")
+    if w.ndim != 3 or w.shape[1:] != (heads.shape[1], spec.head_dim // 2) or heads.shape[3] != spec.head_dim:
+        raise ValueError(f"weights {tuple(w.shape)} and heads {tuple(heads.shape)} do not fit: need [h_s, h_t, {spec.head_dim // 2} bands] and [batch, h_t, tokens, head_dim {spec.head_dim}]")
     if not w.is_complex(): return torch.einsum("ijd,bjsd->bisd", from_bands(w[..., None].expand(*w.shape, 2), spec).to(heads.dtype), heads)
     turn = torch.stack([w.real, -w.imag, w.imag, w.real], -1).unflatten(-1, (2, 2))  # [h_s, h_t, bands, 2 out, 2 in]
     return from_bands(torch.einsum("ijfpq,bjsfq->bisfp", turn.to(heads.dtype), to_bands(heads, spec)), spec)
@@ -457,23 +457,24 @@ def plot_weights(
     spec: RopeSpec | None = None,  # names the bands by axis and wavelength in positions
     title: str = "mixing weights",
 ) -> Figure:
-    "Weights of every student head on the teacher's heads, by band if they are (ours)."
+    "Weights of every student head on the teacher's heads; by band, one panel a student head, and a second one for phases (ours)."
     w = w.detach().cpu()
-    panels = [w] if w.ndim == 2 else list(w)
-    h_t, parts = panels[0].shape[0], 1 + w.is_complex()
-    figure = Figure(figsize=(1 + 5 * parts if w.ndim == 3 else 4.5, 1 + len(panels) * (0.35 + 0.16 * h_t) if w.ndim == 3 else 1.2 + 0.22 * len(w)), layout="constrained", dpi=80)
-    axes = figure.subplots(len(panels), parts, squeeze=False, sharex=True, sharey=True)
-    for i, (row, panel) in enumerate(zip(axes, panels)):
-        gain = panel.abs() if w.is_complex() else panel
-        shown = [row[0].imshow(gain.numpy(), cmap="viridis" if w.is_complex() else "RdBu_r", vmin=0 if w.is_complex() else -limit, vmax=limit, aspect="auto", interpolation="nearest")]
-        if w.is_complex(): shown.append(row[1].imshow(panel.angle().numpy(), cmap="twilight_shifted", vmin=-math.pi, vmax=math.pi, alpha=(gain / limit).clamp(0, 1).numpy(), aspect="auto", interpolation="nearest"))
-        row[0].set_ylabel("student head" if w.ndim == 2 else f"student {i}\nteacher head", fontsize=8)
-    for column, (image, label) in enumerate(zip(shown, ("gain" if w.is_complex() else "weight", "phase in radians"))):
-        figure.colorbar(image, ax=list(axes[:, column]), label=label)
-        axes[-1, column].set_xlabel("teacher head" if w.ndim == 2 else "band" if spec is None else "band: axis and wavelength in positions")
-        if w.ndim == 3 and spec is not None:
+    by_band, panels = w.ndim == 3, w if w.ndim == 3 else w[None]  # [panels, rows, columns]
+    parts = [("weight", panels, "RdBu_r", (-limit, limit), None)]
+    if w.is_complex(): parts = [("gain", panels.abs(), "viridis", (0, limit), None), ("phase in radians", panels.angle(), "twilight_shifted", (-math.pi, math.pi), (panels.abs() / limit).clamp(0, 1))]
+    height = len(panels) * (0.35 + 0.16 * panels.shape[1])
+    figure = Figure(figsize=(1 + 4.5 * len(parts), 1.1 + height), layout="constrained", dpi=80)
+    axes = figure.subplots(len(panels), len(parts), squeeze=False, sharex=True, sharey=True)
+    for column, (label, values, colours, (low, high), alpha) in zip(axes.T, parts):
+        for i, ax in enumerate(column):
+            image = ax.imshow(values[i], cmap=colours, vmin=low, vmax=high, alpha=None if alpha is None else alpha[i], aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=list(column), label=label)
+        column[-1].set_xlabel("band" if by_band else "teacher head")
+        if by_band and spec is not None:
             names = [f"{'THW'[a]} {n:.0f}" for a, n in zip(spec.axis, spec.wavelength)] + ["still"] * (w.shape[2] - len(spec.inv_freq))
             step = max(1, len(names) // 16)
-            axes[-1, column].set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+            column[-1].set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+            column[-1].set_xlabel("band: axis and wavelength in positions")
+    for i, ax in enumerate(axes[:, 0]): ax.set_ylabel(f"student {i}\nteacher head" if by_band else "student head", fontsize=8)
     figure.suptitle(title, fontsize=10)
     return figure
