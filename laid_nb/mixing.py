@@ -467,13 +467,15 @@ def plot_weights(
     axes = figure.subplots(len(panels), len(parts), squeeze=False, sharex=True, sharey=True)
     for column, (label, values, colours, (low, high), alpha) in zip(axes.T, parts):
         for i, ax in enumerate(column):
-            image = ax.imshow(values[i], cmap=colours, vmin=low, vmax=high, alpha=None if alpha is None else alpha[i], aspect="auto", interpolation="nearest")
+            image = ax.imshow(values[i].numpy(), cmap=colours, vmin=low, vmax=high, alpha=None if alpha is None else alpha[i].numpy(), aspect="auto", interpolation="nearest")
         figure.colorbar(image, ax=list(column), label=label)
         column[-1].set_xlabel("band" if by_band else "teacher head")
-        if by_band and spec is not None:
+        every = lambda n, shown: range(0, n, max(1, n // shown))
+        column[-1].set_yticks(every(panels.shape[1], 8))
+        if not by_band: column[-1].set_xticks(every(w.shape[1], 16))
+        elif spec is not None:
             names = [f"{'THW'[a]} {n:.0f}" for a, n in zip(spec.axis, spec.wavelength)] + ["still"] * (w.shape[2] - len(spec.inv_freq))
-            step = max(1, len(names) // 16)
-            column[-1].set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+            column[-1].set_xticks(every(len(names), 16), [names[b] for b in every(len(names), 16)], rotation=90, fontsize=7)
             column[-1].set_xlabel("band: axis and wavelength in positions")
     for i, ax in enumerate(axes[:, 0]): ax.set_ylabel(f"student {i}\nteacher head" if by_band else "student head", fontsize=8)
     figure.suptitle(title, fontsize=10)
