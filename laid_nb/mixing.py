@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'to_bands', 'from_bands', 'mix', 'repeat_kv', 'constrained', 'real_tokens', 'check_heads', 'Gram',
            'GramStats', 'damped', 'ridge_weights', 'nonnegative_ridge', 'ridge_start', 'explained', 'HeadMixing',
-           'mixing_kind', 'head_sizes', 'mixings', 'layer_pairs', 'explained_table', 'best_pairs']
+           'mixing_kind', 'head_sizes', 'mixings', 'layer_pairs', 'explained_table', 'best_pairs', 'plot_weights']
 
 # %% ../nbs/03_mixing.ipynb #imports
 import math
@@ -46,8 +46,8 @@ def mix(
     "Mixtures of heads, `Σ_j w[i, j] · heads[:, j]` (paper Eq. 3, right-hand side); by band, with a real or a complex weight on each pair read as u + iv (ours). `ValueError` for weights that do not fit."
     if w.ndim == 2 and not w.is_complex(): return torch.einsum("ij,bjsd->bisd", w.to(heads.dtype), heads)
     if spec is None: raise ValueError(f"weights {tuple(w.shape)} are by band: pass the teacher's RopeSpec")
-    bands = spec.head_dim // 2
-    if w.ndim != 3 or w.shape[1:] != (heads.shape[1], bands): raise ValueError(f"weights {tuple(w.shape)} do not fit heads {tuple(heads.shape)}, need [h_s, {heads.shape[1]}, {bands} bands]")
+    if w.ndim != 3 or w.shape[1:] != (heads.shape[1], spec.head_dim // 2) or heads.shape[3] != spec.head_dim:
+        raise ValueError(f"weights {tuple(w.shape)} and heads {tuple(heads.shape)} do not fit: need [h_s, h_t, {spec.head_dim // 2} bands] and [batch, h_t, tokens, head_dim {spec.head_dim}]")
     if not w.is_complex(): return torch.einsum("ijd,bjsd->bisd", from_bands(w[..., None].expand(*w.shape, 2), spec).to(heads.dtype), heads)
     turn = torch.stack([w.real, -w.imag, w.imag, w.real], -1).unflatten(-1, (2, 2))  # [h_s, h_t, bands, 2 out, 2 in]
     return from_bands(torch.einsum("ijfpq,bjsfq->bisfp", turn.to(heads.dtype), to_bands(heads, spec)), spec)
@@ -449,3 +449,34 @@ def best_pairs(
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Each student layer with the teacher layer that explains it best (ours)."
     return list(enumerate(table.argmax(1).tolist()))
+
+# %% ../nbs/03_mixing.ipynb #plot
+def plot_weights(
+    w: torch.Tensor,  # real [h_s, h_t] or [h_s, h_t, bands], or complex [h_s, h_t, bands]
+    limit: float,  # colour range: -limit..limit for real weights, 0..limit for gains
+    spec: RopeSpec | None = None,  # names the bands by axis and wavelength in positions
+    title: str = "mixing weights",
+) -> Figure:
+    "Weights of every student head on the teacher's heads; by band, one panel a student head, and a second one for phases (ours)."
+    w = w.detach().cpu()
+    by_band, panels = w.ndim == 3, w if w.ndim == 3 else w[None]  # [panels, rows, columns]
+    parts = [("weight", panels, "RdBu_r", (-limit, limit), None)]
+    if w.is_complex(): parts = [("gain", panels.abs(), "viridis", (0, limit), None), ("phase in radians", panels.angle(), "twilight_shifted", (-math.pi, math.pi), (panels.abs() / limit).clamp(0, 1))]
+    height = len(panels) * (0.35 + 0.16 * panels.shape[1])
+    figure = Figure(figsize=(1 + 4.5 * len(parts), 1.1 + height), layout="constrained", dpi=80)
+    axes = figure.subplots(len(panels), len(parts), squeeze=False, sharex=True, sharey=True)
+    for column, (label, values, colours, (low, high), alpha) in zip(axes.T, parts):
+        for i, ax in enumerate(column):
+            image = ax.imshow(values[i].numpy(), cmap=colours, vmin=low, vmax=high, alpha=None if alpha is None else alpha[i].numpy(), aspect="auto", interpolation="nearest")
+        figure.colorbar(image, ax=list(column), label=label)
+        column[-1].set_xlabel("band" if by_band else "teacher head")
+        every = lambda n, shown: range(0, n, max(1, n // shown))
+        column[-1].set_yticks(every(panels.shape[1], 8))
+        if not by_band: column[-1].set_xticks(every(w.shape[1], 16))
+        elif spec is not None:
+            names = [f"{'THW'[a]} {n:.0f}" for a, n in zip(spec.axis, spec.wavelength)] + ["still"] * (w.shape[2] - len(spec.inv_freq))
+            column[-1].set_xticks(every(len(names), 16), [names[b] for b in every(len(names), 16)], rotation=90, fontsize=7)
+            column[-1].set_xlabel("band: axis and wavelength in positions")
+    for i, ax in enumerate(axes[:, 0]): ax.set_ylabel(f"student {i}\nteacher head" if by_band else "student head", fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    return figure
