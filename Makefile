@@ -8,7 +8,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lab export clean-notebooks readme wheel clean \
+.PHONY: help demo test bench lab export clean-notebooks readme wheel clean \
         check-clean check-export check-readme check-notebooks check-tests check-wheel
 
 help:  ## this list
@@ -38,6 +38,9 @@ demo: $(VENV)/.demo  ## distil the embedded student and measure its window
 
 lab: $(VENV)/.dev  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
+
+bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole step; writes data/results/bench_*.json
+	@for script in spectra mixing attention step; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 
 # --- write --------------------------------------------------------------------
 export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py

@@ -350,7 +350,7 @@ def run_anchors(
 class Demo:
     "Everything that shapes the result of `laid demo`."
     questions: int = 144  # at each size
-    steps: int = 300  # of each training
+    steps: int = 200  # of each training
     seed: int = 0
     sizes: tuple = (1, 2, 5, 10, 20, 50, 100, 150)  # images of a test haystack
     pool: int = 1000  # training haystacks, read several times
@@ -363,15 +363,17 @@ class Demo:
     @property
     def minutes(self):
         "Rough time on 2 cores."
-        return (10 + .04*self.pool + 6*.1*self.questions + 1.1*self.steps)/60
+        return (10 + .04*self.pool + 8*.1*self.questions + 1.9*self.steps)/60
 
-QUICK = dict(questions=36, steps=60, pool=200, learning_rate=1e-3)  # what --quick changes: enough to see every stage, too little to compare methods
+QUICK = dict(questions=36, steps=30, pool=160, learning_rate=1e-3)  # what --quick changes: enough to see every stage, too little to compare methods
 
 TRAININGS = {  # name -> settings of LaidConfig
     "SFT": dict(method="sft"),
     "SFT + window simulation": dict(method="sft", max_gap=600, max_multiplicity=16.0, ramp=.3),
     "LAid": dict(method="laid"),  # the paper's: last layer, no window simulation
     "LAid + window simulation": dict(method="laid", max_gap=600, max_multiplicity=16.0, ramp=.3),
+    "LAid+": dict(method="laid+", ramp=.3),  # ours: spectra, distance-weighted attention and gain as well
+    "LAid+ + window simulation": dict(method="laid+", max_gap=600, max_multiplicity=16.0, ramp=.3),
 }
 
 # %% ../nbs/13_cli.ipynb #demo-folder
@@ -396,7 +398,7 @@ def claim(
 def slug(
     name: str,  # of a model in the table
 ) -> str:  # as part of a file name
-    return re.sub(r"[^a-z0-9]+", "-", name.lower())
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\w)\+", " plus", name).lower())
 
 # %% ../nbs/13_cli.ipynb #demo-run
 @dataclass
@@ -545,7 +547,8 @@ def check_demo(
 ) -> dict:  # their fingerprints
     "`ValueError` before anything is written, when the two cannot be distilled one from the other."
     from laid_nb.evaluate import model_fingerprint
-    from laid_nb.train import build_mixing, check_pair, layer_pairs
+    from laid_nb.mixing import layer_pairs
+    from laid_nb.train import build_mixing, check_pair
     (teacher, a), (student, b) = (load_model(pair[name]) for name in ("teacher", "student"))
     check_pair(student, teacher, b.tokenizer, a.tokenizer)
     build_mixing(student, teacher, layer_pairs("last", student.config, teacher.config))
@@ -554,7 +557,7 @@ def check_demo(
 def run_demo(
     args,
 ):
-    "Measure the pair, distil the student four times, measure again, compare."
+    "Measure the pair, distil the student in each way, measure again, compare."
     given = {k: v for k, v in dict(questions=args.questions, steps=args.steps, seed=args.seed).items() if v is not None}
     demo = Demo(**(QUICK if args.quick else {}) | given)
     out, pair = Path(args.out or ("laid-demo-quick" if args.quick else "laid-demo")), {"teacher": args.teacher, "student": args.student}

@@ -241,7 +241,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/10]" in printed for i in range(1, 11)) and all(name in printed for name in cli.TRAININGS)
+    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in cli.TRAININGS)
     assert sorted(p.name for p in out.iterdir()) == sorted(cli.OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *cli.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
@@ -249,7 +249,10 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
         records = read_records(out/"records"/f"{cli.slug(name)}.jsonl")[1]
         assert model["total"] == [2, 2, 2] and sum(model["correct"]) == sum(r["correct"] for r in records)
     logs = {name: json.loads((out/"training"/f"{cli.slug(name)}.json").read_text()) for name in cli.TRAININGS}
-    assert "loss_laid" not in logs["SFT"][0] and all("loss_laid" in logs[name][0] for name in ("LAid", "LAid + window simulation"))
+    terms = {name: [k for k in log[0] if k.startswith("loss_")] for name, log in logs.items()}
+    assert terms["SFT"] == ["loss_sft"] and terms["LAid"] == terms["LAid + window simulation"] == ["loss_sft", "loss_kl", "loss_laid"]
+    assert terms["LAid+"] == terms["LAid+ + window simulation"] == ["loss_sft", "loss_kl", "loss_laid", "loss_fourier", "loss_attention"]
+    assert len({cli.slug(name) for name in cli.TRAININGS}) == len(cli.TRAININGS)
     assert logs["SFT"][0]["loss_sft"] == pytest.approx(logs["LAid"][0]["loss_sft"], rel=1e-4)  # the same first batch
     assert weights(out/"models/sft").keys() == weights(pair/"student").keys()
     assert (out/"table.md").read_text().count("\n| ") == 2 + len(cli.TRAININGS)
