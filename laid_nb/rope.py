@@ -178,7 +178,7 @@ def plot_bands(
             band = ((spec.axis == axis) & (inside == full) & (spec.inv_freq > 0)).nonzero()[:, 0]
             axes.semilogy(band, spec.wavelength[band], "o", ms=3.5, color=f"C{axis}", mfc=f"C{axis}" if full else "none", label=name if full else None)
     axes.axhline(window, color="k", ls=":", lw=1)
-    axes.text(0, window * 1.3, f"window {window:,}: {int(inside.sum())} of {len(inside)} bands turn", fontsize=8)
+    axes.text(.02, .9, f"window {window:,}: {int(inside.sum())} of {len(inside)} bands turn", fontsize=8, transform=axes.transAxes)
     axes.set(xlabel="band (fast to slow)", ylabel="wavelength (positions)", ylim=(1, 1e8), title=title)
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     return figure
@@ -207,12 +207,12 @@ def plot_series(
     "Responses against distance on a log axis -> Figure (ours)."
     if len(series) != len(labels) or series.shape[-1] != len(distances):
         raise ValueError(f"series has shape {list(series.shape)}, expected [{len(labels)}, {len(distances)}]: a line for each label, a value for each distance")
-    figure = Figure(figsize=(5.6, 2.6), layout="constrained", dpi=80)
+    figure = Figure(figsize=(7.2, 2.6), layout="constrained", dpi=80)
     axes = figure.subplots()
     for line, label in zip(series.tolist(), labels): axes.semilogx(distances.tolist(), line, lw=1.2, label=label)
     axes.axhline(0, color="0.8", lw=.8, zorder=0)
     axes.set(xlabel="distance (positions)", ylabel="f", ylim=limits, title=title)
-    axes.legend(fontsize=8, frameon=False, loc="upper right")
+    axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
 # %% ../nbs/00_rope.ipynb #leakage
