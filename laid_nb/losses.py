@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .mixing import check_heads, real_tokens, repeat_kv
-from .spectra import distance_response
+from .spectra import band_response, distance_response
 
 # %% ../nbs/04_losses.ipynb #grad
 def check_gradient(
