@@ -199,13 +199,16 @@ _active = {}   # id of a text config -> Cache, while it is captured
 
 def _is_cross(module): return getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
 
+_wide_from = 1024   # keys: in sdpa, factors of a bias are added to a mask below and appended to the heads from here on
+
 def _biased(
     base,    # name of the implementation that does the work
     bias,    # tensor or pair of factors
     module, query, key, value, attention_mask, kwargs, # of the attention function
 ):
     "(query, key, value, attention_mask) that hold the bias. ValueError for a dense bias where the kernel takes no mask."
-    if isinstance(bias, tuple) and (base not in ("sdpa", "eager") or base == "sdpa" and attention_mask is None):
+    unmasked = base == "sdpa" and attention_mask is None and key.shape[2] >= _wide_from
+    if isinstance(bias, tuple) and (base not in ("sdpa", "eager") or unmasked):
         return *extend_heads(query, key, value, *bias, kwargs["scaling"]), attention_mask
     if base not in ("sdpa", "eager"):
         raise ValueError(f'attention "{base}" takes no dense bias on its logits: give its factors (rows, keys), or load the model with attn_implementation="sdpa"')
