@@ -48,11 +48,12 @@ def _dense(
     query, # [batch, heads, S_q, head_dim]
     key,   # [batch, kv_heads, S_k, head_dim]
 ):
-    "The bias as one tensor `[batch, 1, S_q, S_k]`. ValueError when it does not fit the logits."
+    "The bias as one tensor `[batch, 1, S_q, S_k]`. ValueError when it does not fit the logits, TypeError when it is neither."
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     if isinstance(bias, tuple):
         _check_factors(*bias, query, key)
         bias = (bias[0] @ bias[1].mT)[:, None]
+    if not isinstance(bias, torch.Tensor): raise TypeError(f"bias must be a tensor or a tuple (rows, keys), got {type(bias).__name__}")
     if bias.dim() != 4 or any(n not in (1, m) for n, m in zip(bias.shape, shape)):
         raise ValueError(f"bias has shape {list(bias.shape)}, the attention logits need {list(shape)}")
     return bias.to(query).expand(shape)

@@ -456,6 +456,7 @@ def test_wrong_factors(padding, always_wide):
     for bad, message in (((rows[:, 1:], keys), r"rows of the bias has shape \[2, 8, 3\].*\[2, 9, 3\]"), ((rows, keys[..., 1:]), r"keys of the bias has shape \[2, 9, 2\]"),
                          ((rows[0], keys), "rows of the bias"), ((rows, keys.repeat(2, 1, 1)), "keys of the bias")):
         with capture(model, [], bias=bad), pytest.raises(ValueError, match=message): model(**batch(padding))
+    with capture(model, [], bias=[rows, keys]), pytest.raises(TypeError, match=r"tuple \(rows, keys\), got list"): model(**batch(padding))
 
 # --- gain -------------------------------------------------------------------------------------------------------------------------------------
 class Scale(torch.nn.Module):
