@@ -48,11 +48,12 @@ def _dense(
     query, # [batch, heads, S_q, head_dim]
     key,   # [batch, kv_heads, S_k, head_dim]
 ):
-    "The bias as one tensor `[batch, 1, S_q, S_k]`. ValueError when it does not fit the logits."
+    "The bias as one tensor `[batch, 1, S_q, S_k]`. ValueError when it does not fit the logits, TypeError when it is neither."
     shape = (query.shape[0], 1, query.shape[2], key.shape[2])
     if isinstance(bias, tuple):
         _check_factors(*bias, query, key)
         bias = (bias[0] @ bias[1].mT)[:, None]
+    if not isinstance(bias, torch.Tensor): raise TypeError(f"bias must be a tensor or a tuple (rows, keys), got {type(bias).__name__}")
     if bias.dim() != 4 or any(n not in (1, m) for n, m in zip(bias.shape, shape)):
         raise ValueError(f"bias has shape {list(bias.shape)}, the attention logits need {list(shape)}")
     return bias.to(query).expand(shape)
@@ -199,13 +200,16 @@ _active = {}   # id of a text config -> Cache, while it is captured
 
 def _is_cross(module): return getattr(module, "is_cross_attention", False) or "Cross" in type(module).__name__
 
+_wide_from = 1024   # keys: in sdpa, factors of a bias are added to a mask below and appended to the heads from here on
+
 def _biased(
     base,    # name of the implementation that does the work
     bias,    # tensor or pair of factors
     module, query, key, value, attention_mask, kwargs, # of the attention function
 ):
     "(query, key, value, attention_mask) that hold the bias. ValueError for a dense bias where the kernel takes no mask."
-    if isinstance(bias, tuple) and (base not in ("sdpa", "eager") or base == "sdpa" and attention_mask is None):
+    unmasked = base == "sdpa" and attention_mask is None and key.shape[2] >= _wide_from
+    if isinstance(bias, tuple) and (base not in ("sdpa", "eager") or unmasked):
         return *extend_heads(query, key, value, *bias, kwargs["scaling"]), attention_mask
     if base not in ("sdpa", "eager"):
         raise ValueError(f'attention "{base}" takes no dense bias on its logits: give its factors (rows, keys), or load the model with attn_implementation="sdpa"')

@@ -181,11 +181,11 @@ def plot_gain(
     if not 1 < limit < math.inf: raise ValueError(f"the colour range is 1/limit to limit, limit must be above 1; got {limit}")
     columns = min(len(gains), 3)
     rows, heads = -(-len(gains) // columns), max(g.heads for g in gains.values())
-    figure = Figure(figsize=(1 + 3.4 * columns, rows * (1.3 + .16 * heads)), layout="constrained", dpi=80)
+    figure = Figure(figsize=(1 + 3.2 * columns, rows * (1.7 + .2 * heads)), layout="constrained", dpi=80)
     axes = figure.subplots(rows, columns, squeeze=False)
     for ax in axes.flat[len(gains):]: ax.set_visible(False)
     for ax, (layer, gain) in zip(axes.flat, gains.items()):
-        shown = ax.imshow(gain.gain().detach().log2().cpu(), cmap="RdBu_r", vmin=-math.log2(limit), vmax=math.log2(limit), aspect="auto", interpolation="nearest")
+        shown = ax.imshow(gain.gain().detach().log2().cpu().numpy(), cmap="RdBu_r", vmin=-math.log2(limit), vmax=math.log2(limit), aspect="auto", interpolation="nearest")
         names = [f"{'THW'[a]} {w:.0f}" for a, w in zip(gain.spec.axis, gain.spec.wavelength)]
         step = -(-len(names) // 16)
         ax.set(title=f"layer {layer}", ylabel="head" if gain.heads > 1 else "all heads", yticks=range(0, gain.heads, -(-gain.heads // 8)) if gain.heads > 1 else [])

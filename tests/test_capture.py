@@ -381,6 +381,11 @@ def test_dense_bias_refused_where_the_kernel_takes_no_mask():
         with pytest.raises(ValueError, match='"flash_test" takes no dense bias'): model(**batch("none"))
 
 # --- factors of a bias ------------------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def always_wide(monkeypatch):
+    "These prompts are short; sdpa appends the factors to the heads all the same."
+    monkeypatch.setattr("laid_nb.capture._wide_from", 0)
+
 def factors(n=9, images=3, batch=2, dtype=torch.float64):
     g = torch.Generator().manual_seed(2)
     return torch.randn(batch, n, images, generator=g, dtype=torch.float64).to(dtype), torch.randn(batch, n, images, generator=g, dtype=torch.float64).to(dtype)
@@ -404,7 +409,7 @@ def test_extended_heads_hold_the_bias(head_dim, value_dim, images, dtype, atol):
 
 @pytest.mark.parametrize("attn, padding", [*((a, p) for a in ("sdpa", "eager") for p in ("none", "left", "right")), ("flash_test", "none")])
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "gemma3"])
-def test_factors_equal_the_dense_bias(family, attn, padding):
+def test_factors_equal_the_dense_bias(family, attn, padding, always_wide):
     "Gemma 3 scales by query_pre_attn_scalar and not by its head_dim, and slides in layer 0 (over all 4 tokens here)."
     model, inputs = maskless(family) if attn == "flash_test" else build(family, attn), batch(padding, n=4 if attn == "flash_test" else 9, pad=2)
     real, (rows, keys) = inputs["attention_mask"].bool(), factors(inputs["input_ids"].shape[1])
@@ -415,41 +420,43 @@ def test_factors_equal_the_dense_bias(family, attn, padding):
         assert not torch.allclose(reference(**inputs).logits[real], expected, atol=1e-3)
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)                          # the families' RMSNorm is float32
 
-def test_factors_leave_the_captured_tensors_alone():
+def test_factors_leave_the_captured_tensors_alone(always_wide):
     model, inputs = build("llama", "sdpa"), batch("none")
     with torch.no_grad(), capture(model, 0) as plain: model(**inputs)
     with torch.no_grad(), capture(model, 0, bias=factors(batch=1)) as biased: model(**inputs)
     assert torch.equal(plain["q", 0], biased["q", 0]) and torch.equal(plain["k", 0], biased["k", 0]) and plain.scaling == biased.scaling
 
-def test_factors_without_padding_make_no_mask():
-    "Largest tensor of any attention operation: [heads, tokens, wide head], where the dense bias has [tokens, tokens]."
-    model, n, largest = build("llama", "sdpa"), 300, []
+def test_long_factors_without_padding_make_no_mask():
+    "Mask elements that the kernel is given: none from 1,024 keys on, [tokens, tokens] below and for a dense bias."
+    model, masks = build("llama", "sdpa"), []
     sdpa = torch.nn.functional.scaled_dot_product_attention
     def watched(q, k, v, attn_mask=None, **kw):
-        largest.append(0 if attn_mask is None else attn_mask.numel())
+        masks.append(0 if attn_mask is None else attn_mask.numel())
         return sdpa(q, k, v, attn_mask=attn_mask, **kw)
-    ids, (rows, keys) = torch.randint(3, 49, (1, n)), factors(n, batch=1)
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-        with capture(model, [], bias=(rows, keys)) as cache:
-            model(input_ids=ids, use_cache=False)
-            assert largest == [0, 0]
-            cache.bias = (rows @ keys.mT)[:, None]
-            model(input_ids=ids, use_cache=False)
-            assert largest[2:] == [n * n, n * n]
+        for n, expected in ((1024, 0), (1023, 1023**2)):
+            rows, keys = factors(n, batch=1)
+            with capture(model, [], bias=(rows, keys)) as cache:
+                model(input_ids=torch.full((1, n), 5), use_cache=False)
+                cache.bias = (rows @ keys.mT)[:, None]
+                model(input_ids=torch.full((1, n), 5), use_cache=False)
+            assert masks == [expected] * 2 + [n * n] * 2
+            masks.clear()
 
-def test_factors_under_checkpointing():
+def test_factors_under_checkpointing(always_wide):
     model, inputs = build("qwen2_5_vl", "sdpa").train(), batch("none")
     plain = gradients(model, inputs, bias=factors())
     model.activation_checkpointing_enable()
     for a, b in zip(plain, gradients(model, inputs, bias=factors()), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 @pytest.mark.parametrize("padding", ["none", "left"])
-def test_wrong_factors(padding):
+def test_wrong_factors(padding, always_wide):
     model, (rows, keys) = build("llama", "sdpa"), factors()
     for bad, message in (((rows[:, 1:], keys), r"rows of the bias has shape \[2, 8, 3\].*\[2, 9, 3\]"), ((rows, keys[..., 1:]), r"keys of the bias has shape \[2, 9, 2\]"),
                          ((rows[0], keys), "rows of the bias"), ((rows, keys.repeat(2, 1, 1)), "keys of the bias")):
         with capture(model, [], bias=bad), pytest.raises(ValueError, match=message): model(**batch(padding))
+    with capture(model, [], bias=[rows, keys]), pytest.raises(TypeError, match=r"tuple \(rows, keys\), got list"): model(**batch(padding))
 
 # --- gain -------------------------------------------------------------------------------------------------------------------------------------
 class Scale(torch.nn.Module):

@@ -305,8 +305,10 @@ def test_capture_adds_the_bias_in_every_layer(model, sample):
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_factors_equal_the_dense_bias(model, sample, padded):
-    "A sample of the simulation in the whole text model: wide heads without padding, the mask with it."
+@pytest.mark.parametrize("wide_from", [0, 1024])
+def test_factors_equal_the_dense_bias(model, sample, padded, wide_from, monkeypatch):
+    "A sample of the simulation in the whole text model: wide heads without padding if the prompt is long enough, else the mask."
+    monkeypatch.setattr("laid_nb.capture._wide_from", wide_from)
     input_ids, groups, asked = sample if padded else (x[:1] for x in sample)
     positions = torch.arange(groups.shape[1]).expand(3, len(groups), -1)
     positions, (rows, keys) = WindowSimulation(40, 9, 0).sample(groups, asked, positions, 1, rng(), torch.float64)
