@@ -22,7 +22,9 @@ class RopeSpec:
     adjacent: bool = False  # pairs (2b, 2b + 1) instead of (b, b + bands)
 
     @classmethod
-    def from_config(cls, config, layer=None, length=None): return rope_spec(config, layer, length)
+    def from_config(cls, config, layer=None, length=None):
+        "The same as `rope_spec`, below."
+        return rope_spec(config, layer, length)
 
     @property
     def rotary_dim(self): return 2 * len(self.inv_freq)
@@ -100,7 +102,7 @@ def _layer_type(
     "What the family calls the RoPE of this layer: () where all layers share one, else (name,). ValueError where the layer has none."
     family, params = text.model_type, getattr(text, "rope_parameters", None)
     if not params or _lacks_rope(text, None): raise ValueError(f"model type {family!r} has no RoPE (by its config): nothing to align by position")
-    if len(set(filter(None, getattr(text, "layer_rope_theta", None) or ()))) > 1: raise ValueError(f"{family!r} with different layer_rope_theta is not supported")
+    if len(set(filter(None, getattr(text, "layer_rope_theta", None) or ()))) > 1: raise ValueError(f"{family!r} with different layer_rope_theta {text.layer_rope_theta} is not supported")
     if layer is not None and layer not in range(text.num_hidden_layers):
         raise ValueError(f"layer {layer} is outside the {text.num_hidden_layers} text layers of {family!r}")
     if layer is not None and _lacks_rope(text, layer): raise ValueError(f"layer {layer} of {family!r} has no RoPE: its queries and keys are not turned")
@@ -122,15 +124,27 @@ def _turner(
     def turn(*position):
         here = torch.tensor(position[:axes])[:, None, None]               # [axes, 1, 1]
         both = torch.cat([here, torch.full_like(here, length - 1) if length else here], -1)
-        cos, sin = (t[:, :1] for t in rotary(torch.zeros(1), both if axes > 1 else both[0], *name))
-        unit = torch.eye(2 * getattr(rotary, "_".join([*name, "inv_freq"])).numel())[None, None]
+        cos, sin = (t[:, :1] for t in rotary(torch.zeros(1, dtype=torch.float32), both if axes > 1 else both[0], *name))
+        unit = torch.eye(2 * getattr(rotary, "_".join([*name, "inv_freq"])).numel(), dtype=torch.float32)[None, None]
         return (apply(unit, unit, cos, sin)[0] if "k" in inspect.signature(apply).parameters else apply(unit, cos, sin))[0, 0]
     return turn
+
+# %% ../nbs/00_rope.ipynb #read
+def _read(
+    one,   # [rotary_dim, rotary_dim], turned with all axes at position 1
+    *axes, # the same with only T, only H, only W at position 1
+):
+    "-> (radians per position `[bands]`, axis `[bands]`, whether neighbouring dimensions pair up)."
+    dims = torch.arange(len(one))
+    adjacent = len(one) > 2 and one[0, 1:].abs().argmax().item() == 0
+    u, v = dims.view(-1, 2).T if adjacent else dims.view(2, -1)           # the two dimensions of each band
+    angle = lambda m: torch.atan2(m[u, v], m[u, u])
+    return angle(one), torch.stack([angle(m).abs() for m in axes]).argmax(0), adjacent
 
 # %% ../nbs/00_rope.ipynb #measure
 def rope_spec(
     model_or_config, # a transformers model, or its config
-    layer=None,      # text layer, needed only where layers differ (Gemma 3)
+    layer=None,      # text layer; needed where layers differ (Gemma 3), and to be told of one without RoPE
     length=None,     # positions of the whole input (largest position + 1) for types that change with it (dynamic, longrope); None = within the trained length
 ):
     "The RoPE of the text model, measured on transformers' own module -> `RopeSpec`. ValueError for a model or layer without RoPE or with one of another form (ours)."
@@ -140,20 +154,14 @@ def rope_spec(
     try:
         rotary, apply = _stock(text)
         turn = _turner(rotary, apply, name, length)
-        one, *axes = (turn(*p) for p in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)))
+        measured, axis, adjacent = _read(*(turn(*p) for p in ((1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1))))
     except (RuntimeError, TypeError, KeyError, ImportError) as e: raise ValueError(f"the stock RoPE of {text.model_type!r} does not run with rope_parameters {text.rope_parameters}: {e}") from e
-    own = lambda what: getattr(rotary, "_".join([*name, what]))
-    dims = torch.arange(len(one))
-    adjacent = len(one) > 2 and one[0, 1:].abs().argmax().item() == 0
-    u, v = dims.view(-1, 2).T if adjacent else dims.view(2, -1)           # the two dimensions of each band
-    angles = torch.stack([torch.atan2(m[u, v], m[u, u]) for m in (one, *axes)])               # [4, bands]
-    nearest = (own("inv_freq") - angles[0][:, None]).abs().argmin(1)
+    inv_freq, scaling = (getattr(rotary, "_".join([*name, what])) for what in ("inv_freq", "attention_scaling"))
     head = text.per_layer_config[layer] if text.is_heterogeneous else text
-    spec = RopeSpec(own("inv_freq")[nearest], angles[1:].abs().argmax(0), getattr(head, "head_dim", None) or head.hidden_size // head.num_attention_heads,
-                    float(own("attention_scaling")), adjacent)
-    if spec.head_dim < len(one): raise ValueError(f"{text.model_type!r} turns {len(one)} dimensions of a head of {spec.head_dim}: its config does not fit together")
-    unit, there = torch.eye(len(one), spec.head_dim), torch.tensor([3, 2, 1]).view(3, 1, 1).expand(3, 1, len(one))
-    if not torch.allclose(spec.rotate(unit[None, None], there)[0, 0, :, :len(one)] * spec.scaling, turn(3, 2, 1), rtol=1e-5, atol=1e-9):
+    spec = RopeSpec(inv_freq[(inv_freq - measured[:, None]).abs().argmin(1)], axis, getattr(head, "head_dim", None) or head.hidden_size // head.num_attention_heads, float(scaling), adjacent)
+    if spec.head_dim < spec.rotary_dim: raise ValueError(f"{text.model_type!r} turns {spec.rotary_dim} dimensions of a head of {spec.head_dim}: its config does not fit together")
+    unit, there = torch.eye(spec.rotary_dim, spec.head_dim, dtype=torch.float32), torch.tensor([3, 2, 1]).view(3, 1, 1).expand(3, 1, spec.rotary_dim)
+    if not torch.allclose(spec.rotate(unit[None, None], there)[0, 0, :, :spec.rotary_dim] * spec.scaling, turn(3, 2, 1), rtol=1e-5, atol=1e-9):
         raise ValueError(f"the RoPE of {text.model_type!r} is not of a known form: its apply_rotary_pos_emb is no rotation of pairs by the angles of its rotary module")
     return spec
 
