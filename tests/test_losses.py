@@ -5,11 +5,18 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from laid_nb.capture import capture
-from laid_nb.losses import check_same_tokens, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss
+from laid_nb.losses import (attention_match_loss, check_same_tokens, fourier_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss,
+                            weighted_power)
 from laid_nb.mixing import repeat_kv
+from laid_nb.rope import rope_spec
+from laid_nb.window import multiplicity_bias
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -226,3 +233,288 @@ def test_needle_attention_refuses(change, message):
     mask, rows, needle = spans("left")
     with pytest.raises(ValueError, match=message):
         needle_attention(**{**dict(q=normal(2, 6, 20, 8), k=normal(2, 3, 20, 8), rows=rows, needle=needle, mask=mask, scaling=0.35), **change})
+
+
+def response_by_pairs(q, k, real, scaling, n):
+    "Mean logit at the distances 0..n-1, pair by pair: [heads, n]."
+    k, out = repeat_kv(k, q.shape[1]), []
+    for D in range(n):
+        logits = [scaling * (q[b, :, m] * k[b, :, m - D]).sum(-1) for b in range(len(q)) for m in range(D, q.shape[2]) if real[b, m] and real[b, m - D]]
+        out.append(sum(logits) / len(logits))
+    return torch.stack(out, 1)
+
+
+def power_by_sums(x, slope):
+    "Σ over all n - 1 frequencies but 0 of |x̂|² over its (mirrored) frequency, with an explicit Fourier matrix."
+    n = x.shape[-1]
+    f = torch.arange(n, dtype=torch.float64)
+    matrix = torch.exp(-2j * math.pi * f[:, None] * f / n)
+    return ((x.to(matrix.dtype) @ matrix).abs()[..., 1:] ** 2 / torch.minimum(f, n - f)[1:] ** slope).sum()
+
+
+def pair(tied=False, dims=(8, 6), tokens=(13, 13), dtype=torch.float64):
+    "student q, k with gradient, targets q, k of another head_dim"
+    x = [normal(2, h, n, d, seed=i).to(dtype) for i, (h, n, d) in enumerate(((4, tokens[0], dims[0]), (2, tokens[0], dims[0]), (4, tokens[1], dims[1]), (4 if tied else 2, tokens[1], dims[1])))]
+    return [t.requires_grad_() for t in x[:2]] + x[2:]
+
+
+def padded(n=13):
+    mask = torch.ones(2, n, dtype=torch.bool)
+    mask[0, :3] = mask[1, -2:] = False
+    return mask
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0, 2.0])
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_fourier_loss_against_pairs_and_an_explicit_transform(tied, slope, dtype, tolerance):
+    x, mask, n = pair(tied, dtype=dtype), padded(), 6                           # longest distance 10 tokens, half of it and 0
+    S, T = (response_by_pairs(q.detach().double(), k.detach().double(), mask, s, n) for q, k, s in ((*x[:2], .5), (*x[2:], .25)))
+    expected = (power_by_sums(S - T, slope) / power_by_sums(T, slope)).item()
+    assert abs(fourier_loss(*x, mask, .5, .25, slope=slope).item() / expected - 1) < tolerance
+
+
+def test_fourier_loss_gradient_and_a_normaliser_that_is_a_constant():
+    sq, sk, tq, tk = pair()
+    assert gradcheck(lambda q, k: fourier_loss(q, k, tq, tk, padded()), (sq, sk), fast_mode=True)
+    tq.requires_grad_()
+    loss = fourier_loss(sq, sk, tq, tk, padded())
+    found, = torch.autograd.grad(loss, tq)
+    S, T = (response_by_pairs(q, k, padded(), q.shape[-1] ** -.5, 6) for q, k in ((sq, sk), (tq, tk)))
+    expected, = torch.autograd.grad(power_by_sums(S - T, 1.0) / power_by_sums(T, 1.0).detach(), tq)
+    torch.testing.assert_close(found, expected)
+
+
+def test_fourier_loss_is_0_for_the_target_and_1_for_silence():
+    sq, sk, tq, tk = pair()
+    assert fourier_loss(sq, sk, sq.detach(), sk.detach(), padded()) == 0
+    torch.testing.assert_close(fourier_loss(sq * 0, sk, tq, tk, padded()).item(), 1.0)
+    torch.testing.assert_close(fourier_loss(9 * sq, sk, 9 * tq, tk, padded()), fourier_loss(sq, sk, tq, tk, padded()))
+
+
+def test_fourier_loss_does_not_see_a_constant_but_sees_phase():
+    places = torch.arange(64.)[None, None, :, None]
+    turn = lambda x, phase: torch.cat([torch.cos(x * math.pi / 4 + phase), torch.sin(x * math.pi / 4 + phase)], -1)   # R(Δ) = cos(πΔ/4 + phase)
+    one = torch.ones_like(places)
+    target = turn(places, 0), turn(places, 0)
+    raised = torch.cat([turn(places, 0), 3 * one], -1), torch.cat([turn(places, 0), 2 * one], -1)                     # + 6 at every distance
+    shifted = turn(places, math.pi), turn(places, 0)
+    loss = lambda q, k: fourier_loss(q.requires_grad_(), k.requires_grad_(), *target, None, 1.0, 1.0).item()
+    assert loss(*raised) < 1e-9
+    assert abs(loss(*shifted) - 4) < 1e-4                                       # |−T − T|² / |T|²: same power, opposite sign
+
+
+def test_octaves_count_alike():
+    waves = [torch.cos(2 * math.pi * f * torch.arange(1024) / 1024) for f in range(1, 512)]
+    power = torch.stack([weighted_power(w.double()) for w in waves])
+    octaves = torch.stack([power[2 ** o - 1:2 ** (o + 1) - 1].sum() for o in range(4, 9)])
+    assert (octaves / octaves.mean() - 1).abs().max() < .05
+
+
+def test_fourier_loss_by_band_refuses_what_cancels_in_the_sum():
+    spec = rope_spec(Qwen2Config(hidden_size=16, num_attention_heads=2, num_key_value_heads=1))
+    sq, sk, tq, tk = pair(dims=(8, 8))
+    S, T = (torch.stack([response_by_pairs(q.detach()[..., [b, b + 4]], k.detach()[..., [b, b + 4]], padded(), 8 ** -.5, 6) for b in range(4)]) for q, k in ((sq, sk), (tq, tk)))
+    torch.testing.assert_close(fourier_loss(sq, sk, tq, tk, padded(), spec=spec).detach(), power_by_sums(S - T, 1.0) / power_by_sums(T, 1.0))
+    # band 1 raised and band 0 lowered by the same response: equal sums, different bands
+    wave = torch.cos(torch.arange(13.)).double()
+    swapped = lambda b: torch.zeros(1, 1, 13, 8, dtype=torch.float64).index_fill(-1, torch.tensor([b]), 1) * wave[:, None]
+    a, b = swapped(0).requires_grad_(), swapped(1)
+    assert fourier_loss(a, a, b, b, None) < 1e-20 and fourier_loss(a, a, b, b, None, spec=spec) > 1
+
+
+@pytest.mark.parametrize("tokens", [(121, 181), (181, 121)])
+def test_responses_of_two_token_counts_are_compared_at_the_same_share_of_distance(tokens):
+    def head(n, d, theta):  # the same smooth response on 0..1, whatever n and head_dim: a wave of two periods over the longest distance
+        x = torch.linspace(0, 4 * math.pi, n, dtype=torch.float64)[None, None, :, None]
+        return torch.nn.functional.pad(torch.cat([x.cos(), x.sin()], -1), (0, d - 2))
+    s, t = head(tokens[0], 8, 1e4).requires_grad_(), head(tokens[1], 12, 1e6)
+    assert fourier_loss(s, s, t, t, None, 1.0, 1.0) < 1e-4
+    assert fourier_loss(s, s, t[:, :, ::2], t[:, :, ::2], None, 1.0, 1.0) < 1e-4
+    assert fourier_loss(s, s, head(tokens[1] // 2, 12, 1e6) ** 3, t[:, :, : tokens[1] // 2], None, 1.0, 1.0) > .1
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(target_q=normal(2, 3, 13, 6)), "need 4 query heads and 2"),
+    (dict(target_k=normal(2, 3, 13, 6)), "need 4 query heads and 2"),
+    (dict(target_k=normal(2, 2, 13, 8)), "head dimensions differ"),
+    (dict(student_q=normal(2, 4, 13, 8)), "carry no gradient"),
+    (dict(target_q=torch.zeros(2, 4, 13, 6)), "weighted power 0.0"),
+    (dict(target_q=torch.full((2, 4, 13, 6), math.nan)), "weighted power nan"),
+    (dict(target_q=normal(2, 4, 9, 6), target_k=normal(2, 2, 9, 6)), "give target_mask"),
+    (dict(reach=0.0), "reach is 0.0"),
+    (dict(reach=0.1), "too few for a spectrum"),
+])
+def test_fourier_loss_refuses(change, message):
+    with pytest.raises(ValueError, match=message): fourier_loss(**{**dict(zip(("student_q", "student_k", "target_q", "target_k"), pair())), "mask": padded(), **change})
+
+
+def attention_by_rows(sq, sk, tq, tk, mask, scalings, positions=None, beta=0.0, gamma=1.0, bias=None):
+    "The definition row by row, float64 with autograd."
+    sk, tk, rows = repeat_kv(sk, sq.shape[1]).double(), repeat_kv(tk, sq.shape[1]).double(), []
+    for b in range(len(sq)):
+        real = mask[b].nonzero()[:, 0].tolist()
+        where = {n: torch.tensor([float(i)]) if positions is None else positions.reshape(-1, *mask.shape)[:, b, n].double() for i, n in enumerate(real)}
+        far = max((where[m] - where[n]).abs().max().item() for m in real for n in real if n <= m)
+        for m in real:
+            seen = [n for n in real if n <= m]
+            omega = torch.tensor([1 + beta * ((where[m] - where[n]).abs().max().item() / far) ** gamma for n in seen], dtype=torch.float64)
+            extra = 0 if bias is None else bias[1][b, seen].double() @ bias[0][b, m].double()
+            s, t = ((k[b][:, seen] @ q[b, :, m, :, None].double())[..., 0] * c + extra for q, k, c in ((sq, sk, scalings[0]), (tq, tk, scalings[1])))
+            s, t = s.log_softmax(-1), t.log_softmax(-1)
+            rows.append((omega * (t.exp() * (t - s) - t.exp() + s.exp())).sum(-1))
+    return torch.stack(rows).mean()
+
+
+def sharp(tied=False, dtype=torch.float32, kv=2):
+    "student q, k and targets of another head_dim, all with gradient, logits of some size"
+    return [(2 * normal(2, h, 13, d, seed=i)).to(dtype).requires_grad_() for i, (h, d) in enumerate(((4, 8), (kv, 8), (4, 6), (4 if tied else kv, 6)))]
+
+
+MROPE = torch.stack([torch.arange(13) // 5 * 3, torch.arange(13) // 5 * 3 + torch.arange(13) % 5 // 2, torch.arange(13) // 5 * 3 + torch.arange(13) % 2])[:, None].expand(3, 2, 13)
+BIAS = normal(2, 13, 3, seed=9).abs(), F.one_hot(torch.arange(13) // 5, 3).expand(2, -1, -1)
+
+
+@pytest.mark.parametrize("how", [dict(), dict(beta=3.0), dict(beta=2.0, gamma=0.5), dict(beta=2.0, gamma=3.0, positions=MROPE), dict(beta=1.0, positions=MROPE[2]), dict(bias=BIAS),
+                                 dict(beta=3.0, positions=MROPE, bias=BIAS)], ids=lambda how: " ".join(how) or "KL")
+@pytest.mark.parametrize("tied, kv", [(False, 2), (True, 2), (False, 4), (True, 1)])
+def test_attention_match_against_rows_in_float64(tied, kv, how):
+    x, mask = sharp(tied, kv=kv), padded()
+    expected = attention_by_rows(*x, mask, (.4, .3), **how)
+    wanted = torch.autograd.grad(expected, x)
+    for block in (1, 6, 256):
+        loss = attention_match_loss(*x, mask, .4, .3, block=block, **how)
+        assert loss.dtype == torch.float32 and abs(loss.item() / expected.item() - 1) < 1e-5
+        for found, g in zip(torch.autograd.grad(loss, x), wanted): assert (found - g).norm() < 1e-5 * g.norm()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_attention_match_gradient(tied):
+    x = sharp(tied, torch.float64)
+    assert gradcheck(lambda *x: attention_match_loss(*x, padded(), .4, .3, MROPE, 2.0, 0.5, BIAS, block=6), x, fast_mode=True)
+
+
+def test_attention_match_at_beta_0_is_torchs_own_kl():
+    x = sharp()
+    seen = torch.ones(13, 13).tril().bool()
+    s, t = ((q * q.shape[-1] ** -.5 @ repeat_kv(k, 4).mT).masked_fill(~seen, -1e30).log_softmax(-1) for q, k in (x[:2], x[2:]))
+    torch.testing.assert_close(attention_match_loss(*x, None), F.kl_div(s, t, log_target=True, reduction="sum") / (2 * 4 * 13))
+
+
+def test_attention_match_is_never_negative_where_a_weighted_kl_is():
+    "Two keys, the far one counting more: the student overshoots on it."
+    q, k = torch.ones(1, 1, 2, 1), torch.tensor([1.4, 0.0]).reshape(1, 1, 2, 1)
+    tq, tk = torch.ones(1, 1, 2, 1), torch.zeros(1, 1, 2, 1)
+    s, t, omega = torch.tensor([1.4, 0.0]).softmax(0), torch.tensor([.5, .5]), torch.tensor([4.0, 1.0])
+    assert (omega * t * (t / s).log()).sum() < 0
+    loss = attention_match_loss(q.requires_grad_(), k.requires_grad_(), tq, tk, None, 1.0, 1.0, beta=3.0)
+    torch.testing.assert_close(loss.detach(), (omega * (t * (t / s).log() - t + s)).sum() / 2)     # the first row sees one key: 0
+    assert loss > 0
+
+
+def test_attention_match_of_equal_attention_is_0_and_has_no_gradient():
+    sq, sk, *_ = sharp(dtype=torch.float64)
+    loss = attention_match_loss(sq, sk, sq.detach(), sk.detach(), padded(), beta=3.0)
+    assert loss.abs() < 1e-14 and all(g.abs().max() < 1e-14 for g in torch.autograd.grad(loss, (sq, sk)))
+
+
+def test_attention_match_ignores_padding_and_what_is_in_it():
+    clean, mask = sharp(), padded()
+    expected = attention_match_loss(*clean, mask, beta=2.0)
+    dirty = [x.detach().masked_fill(~mask[:, None, :, None], math.nan).requires_grad_() for x in clean]
+    loss = attention_match_loss(*dirty, mask, beta=2.0)
+    torch.testing.assert_close(loss, expected)
+    for g in torch.autograd.grad(loss, dirty): assert g.isfinite().all() and not g.transpose(1, 2)[~mask].any()
+    alone = [attention_match_loss(*(x[b:b + 1, :, mask[b]] for x in clean), None, beta=2.0) * mask[b].sum() for b in range(2)]
+    torch.testing.assert_close(expected, sum(alone) / mask.sum())                # a batch is the mean of its rows, however it is put together
+
+
+@pytest.mark.parametrize("learns", [(True, False), (True, True)])
+def test_attention_match_works_out_only_the_gradients_that_are_wanted(learns):
+    class Products(TorchDispatchMode):
+        count = 0
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            Products.count += func._schema.name in ("aten::bmm", "aten::baddbmm_", "aten::mm")
+            return func(*args, **(kwargs or {}))
+    x = [t.detach().requires_grad_(l) for t, l in zip(sharp(), (learns[0], learns[0], learns[1], learns[1]))]
+    with Products(): attention_match_loss(*x, None).backward()
+    assert Products.count == 2 * 2 * (2 + 2 * sum(learns))                       # samples x KV heads x (logits of both + two gradients each)
+    with torch.no_grad(), Products(): Products.count = 0; attention_match_loss(*x, None)
+    assert Products.count == 2 * 2 * 2
+
+
+class LiveBytes(TorchDispatchMode):
+    "Peak of the bytes that tensors made inside the block hold at a time."
+    def __init__(self): super().__init__(); self.live, self.peak = WeakIdKeyDictionary(), 0
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor): self.live[t.untyped_storage()] = t.untyped_storage().nbytes()
+        self.peak = max(self.peak, sum(self.live.values()))
+        return out
+
+
+def test_attention_match_memory_grows_with_tokens_not_their_square():
+    def peak(loss, n):
+        x = [normal(1, h, n, 8, seed=i, dtype=torch.float32).requires_grad_() for i, h in enumerate((8, 2, 8, 2))]
+        with LiveBytes() as seen: loss(*x).backward()
+        return seen.peak
+    def whole(sq, sk, tq, tk):
+        s, t = ((q @ repeat_kv(k, 8).mT).masked_fill_(torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).triu_(1), -1e30).log_softmax(-1) for q, k in ((sq, sk), (tq, tk)))
+        return (t.exp() * (t - s)).sum()
+    blocks = lambda *x: attention_match_loss(*x, None, beta=1.0)
+    one, two = peak(blocks, 1024), peak(blocks, 2048)
+    assert 1.8 < two / one < 2.2
+    assert peak(whole, 512) > 3.8 * peak(whole, 256)
+    assert one < .1 * 4 * peak(whole, 512)                                      # at 1,024 tokens already; the share halves with every doubling
+
+
+def test_attention_match_under_autocast_in_bfloat16_and_checkpointed():
+    x = sharp()
+    loss = attention_match_loss(*x, padded(), beta=2.0)
+    expected = torch.autograd.grad(loss, x)
+    with torch.autocast("cpu", torch.bfloat16): assert attention_match_loss(*x, padded(), beta=2.0) == loss
+    again = checkpoint(lambda *x: attention_match_loss(*x, padded(), beta=2.0), *x, use_reentrant=False)
+    for a, b in zip(torch.autograd.grad(again, x), expected): assert torch.equal(a, b)
+    low = [t.detach().bfloat16().requires_grad_() for t in x]
+    value = attention_match_loss(*low, padded(), beta=2.0)
+    value.backward()
+    exact = attention_match_loss(*(t.detach().double().requires_grad_() for t in low), padded(), beta=2.0)
+    assert value.dtype == torch.float32 and abs(value.item() / exact.item() - 1) < 1e-5 and all(t.grad.dtype == torch.bfloat16 for t in low)
+
+
+@pytest.mark.parametrize("kind", [Qwen2ForCausalLM, LlamaForCausalLM])
+def test_attention_match_against_eager_models(kind):
+    lm, mask = model(kind, attn_implementation="eager"), spans("left")[0]
+    ids = torch.randint(1, 40, (2, 20), generator=torch.Generator().manual_seed(0))
+    with capture(lm) as cache: s, t = lm(ids, attention_mask=mask.long(), output_attentions=True).attentions
+    loss = attention_match_loss(cache["q", 0], cache["k", 0], cache["q", 1], cache["k", 1], mask, cache.scaling[0], cache.scaling[1])
+    kl = torch.where(t > 0, t * (t / s.clamp(min=1e-30)).log(), 0).sum(-1).transpose(1, 2)[mask].mean()
+    torch.testing.assert_close(loss, kl)
+
+
+def test_bias_factors_are_extra_dimensions_and_the_window_s_matrix():
+    groups = torch.tensor([[-1, 0, 0, 0, -1, 1, 1, 1, 2, 2, 2, -1, -1]] * 2)
+    asked = torch.zeros(2, 13, 3, dtype=torch.bool)
+    asked[:, 11:, 1] = True
+    c, member = torch.tensor([20.0, 3.0]), F.one_hot(groups + 1, 4)[..., 1:]
+    factors = ~(member.bool() | asked) * c.log()[:, None, None], member.float()
+    torch.testing.assert_close(factors[0] @ factors[1].mT, multiplicity_bias(groups, asked, c)[:, 0])
+    x = sharp()
+    wide = [torch.cat([y, e[:, None].expand(-1, y.shape[1], -1, -1)], -1) for y, e in zip(x, (factors[0] / .4, factors[1], factors[0] / .3, factors[1]))]
+    torch.testing.assert_close(attention_match_loss(*wide, None, .4, .3, beta=2.0), attention_match_loss(*x, None, .4, .3, beta=2.0, bias=factors))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(target_q=normal(2, 4, 12, 6), target_k=normal(2, 2, 12, 6)), "differ in tokens"),
+    (dict(target_q=normal(2, 2, 13, 6)), "need 4 query heads and 2"),
+    (dict(student_k=normal(2, 2, 13, 8)), "student keys .* carry no gradient"),
+    (dict(beta=-1.0), "beta is -1.0"),
+    (dict(gamma=math.nan), "gamma is nan"),
+    (dict(block=0), "block is 0"),
+    (dict(positions=torch.zeros(2, 2, 13)), "positions have shape"),
+    (dict(bias=(torch.zeros(2, 13, 3), torch.zeros(2, 13, 2))), "bias factors have shapes"),
+    (dict(mask=torch.zeros(2, 13)), "no real token"),
+])
+def test_attention_match_refuses(change, message):
+    with pytest.raises(ValueError, match=message): attention_match_loss(**{**dict(zip(("student_q", "student_k", "target_q", "target_k"), pair())), "mask": padded(), **change})
