@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['distance_response', 'band_response', 'power_spectrum', 'band_energy', 'AttentionByDistance', 'attention_by_distance',
-           'local_global', 'HeadStats', 'plot_distance_response', 'plot_power_spectrum', 'plot_band_energy']
+           'local_global', 'HeadStats', 'key_activation', 'log_edges', 'in_bins', 'plot_distance_response',
+           'plot_power_spectrum', 'plot_band_energy', 'plot_by_distance', 'plot_head_map', 'plot_key_activation']
 
 # %% ../nbs/02_spectra.ipynb #imports
 import math
@@ -32,11 +33,18 @@ def _quarter_turns(
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64 if dtype == torch.float32 else torch.complex128)
 
 # %% ../nbs/02_spectra.ipynb #lag-sums
-def _pieces(batch, kv_heads, length, dims, limit=2**19):
+def _pieces(batch, kv_heads, length, dims, limit=2**18):
     "Slices of KV heads and of dimensions whose transforms hold about `limit` numbers."
     d = min(dims, max(1, limit//(batch*length)))
     j = max(1, limit//(batch*length*dims))
     return [(slice(a, a + j), slice(b, b + d)) for a in range(0, kv_heads, j) for b in range(0, dims, d)]
+
+def _transform(x, turns, length):
+    "[..., tokens, dims] -> [..., dims, length] complex: tokens last, turned and transformed. By whole matrices, since torch is slow at turning strided ones around."
+    out = torch.zeros(*x.shape[:-2], x.shape[-1], length, dtype=turns.dtype, device=x.device)
+    for place, matrix in zip(out.flatten(0, -3), x.to(turns.real.dtype).contiguous().flatten(0, -3)):
+        torch.mul(matrix.T.contiguous(), turns, out=place[:, :len(turns)])
+    return torch.fft.fft(out)
 
 class _LagSums(torch.autograd.Function):
     "q [batch, heads, tokens, dims], k [batch, kv_heads, tokens, dims] -> sum of q_m . k_{m-D} over batch and m, [heads, tokens] of the real `dtype` that computes."
@@ -48,11 +56,10 @@ class _LagSums(torch.autograd.Function):
         (batch, kv_heads, tokens, dims), grouped = k.shape, q.unflatten(1, (k.shape[1], -1))
         length = _fast_length(tokens)
         turns = _quarter_turns(tokens, length, dtype, q.device)
-        transform = lambda x: torch.fft.fft(x.mT.to(dtype).contiguous()*turns, length)  # [batch, pieces of KV heads, of dims, length]
         cross = torch.zeros(kv_heads, grouped.shape[2], length, dtype=turns.dtype, device=q.device)
         for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat = transform(k[:, j, :, d]).conj()
-            for g in range(grouped.shape[2]): cross[j, g] += (transform(grouped[:, j, g, :, d])*k_hat).sum((0, 2))
+            k_hat = _transform(k[:, j, :, d], turns, length).conj_physical()
+            for g in range(grouped.shape[2]): cross[j, g] += (_transform(grouped[:, j, g, :, d], turns, length)*k_hat).sum((0, 2))
         return (torch.fft.ifft(cross)[..., :tokens]*turns.conj()).real.flatten(0, 1)
 
     @staticmethod
@@ -62,15 +69,15 @@ class _LagSums(torch.autograd.Function):
         (batch, kv_heads, tokens, dims), grouped = k.shape, q.unflatten(1, (k.shape[1], -1))
         length = _fast_length(tokens)
         turns = _quarter_turns(tokens, length, dtype, q.device)
-        transform = lambda x: torch.fft.fft(x.to(dtype).contiguous()*turns, length)
         back = lambda x: (torch.fft.ifft(x)[..., :tokens]*turns.conj()).real.mT
-        g_hat = transform(grad.unflatten(0, (kv_heads, -1)))[:, :, None]  # [kv_heads, group, 1, length]
+        g_hat = torch.fft.fft(grad.to(dtype).unflatten(0, (kv_heads, -1))*turns, length)[:, :, None]  # [kv_heads, group, 1, length]
+        g_conj = g_hat.conj_physical()
         dq, dk = torch.empty_like(grouped), torch.empty_like(k)
         for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat, dk_hat = transform(k[:, j, :, d].mT), 0
+            k_hat, dk_hat = _transform(k[:, j, :, d], turns, length), 0
             for g in range(grouped.shape[2]):
                 dq[:, j, g, :, d] = back(g_hat[j, g]*k_hat)
-                dk_hat = dk_hat + g_hat[j, g].conj()*transform(grouped[:, j, g, :, d].mT)
+                dk_hat = dk_hat + g_conj[j, g]*_transform(grouped[:, j, g, :, d], turns, length)
             dk[:, j, :, d] = back(dk_hat)
         return dq.flatten(1, 2), dk, None
 
@@ -311,6 +318,49 @@ class HeadStats:
         self._total("mass")
         return _attention(self._sums)
 
+# %% ../nbs/02_spectra.ipynb #activation
+@torch.no_grad()
+def key_activation(
+    q: torch.Tensor,  # [batch, heads, tokens, head_dim], as captured, after RoPE
+    k: torch.Tensor,  # [batch, kv_heads, tokens, head_dim]
+    needle: torch.Tensor,  # [batch, tokens] bool, True = a key of the needle
+    asked: torch.Tensor,  # [batch, tokens] bool, True = a query of the question
+    mask: torch.Tensor | None = None,  # [batch, tokens] bool, True = real token; None = all
+    scaling: float | None = None,  # factor of the logits, as cache.scaling[layer]; None = 1/sqrt(head_dim)
+) -> torch.Tensor:  # [batch, heads], 0..1
+    "Attention on the needle by the query of the question that gives it most: our reading of the paper's Figure 4. ValueError where shapes do not fit or a row has no needle or question."
+    mask = _real_tokens(q, k, mask)
+    for name, chosen in (("needle", needle), ("asked", asked)):
+        if chosen.shape != mask.shape or chosen.dtype != torch.bool or not (chosen & mask).any(1).all():
+            raise ValueError(f"{name} has shape {tuple(chosen.shape)}, {chosen.dtype}; expected bool {tuple(mask.shape)} with a real token in every row")
+    scaling, dtype, found = q.shape[-1]**-.5 if scaling is None else scaling, torch.promote_types(q.dtype, torch.float32), []
+    for row in range(len(q)):
+        at = (asked[row] & mask[row]).nonzero()[:, 0]
+        visible = (torch.arange(q.shape[2], device=q.device) <= at[:, None]) & mask[row]  # [asked, tokens]
+        logits = (q[row, :, at].to(dtype)*scaling).unflatten(0, (k.shape[1], -1)) @ k[row, :, None].to(dtype).mT
+        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).flatten(0, 1)
+        found.append((weights*needle[row]).sum(-1).amax(-1))
+    return torch.stack(found)
+
+# %% ../nbs/02_spectra.ipynb #log-bins
+def log_edges(
+    distances: int,  # number of distances, 0 .. distances - 1
+    per_octave: int = 4,  # bins for each doubling
+) -> torch.Tensor:  # [bins + 1] long, from 0 to distances
+    "Edges of bins of distances that grow in proportion, one distance wide where distances are few (ours)."
+    octaves = math.log2(distances)
+    edges = [round(2**(i/per_octave)) for i in range(math.ceil(octaves*per_octave))]
+    return torch.tensor([0] + sorted({e for e in edges if e < distances}) + [distances])
+
+def in_bins(
+    x: torch.Tensor,  # [..., distances]
+    edges: torch.Tensor,  # from log_edges, [bins + 1]
+) -> torch.Tensor:  # [..., bins]
+    "Sum over the distances of each bin; divide by edges.diff() for the mean. ValueError where the edges are of other distances (ours)."
+    if int(edges[-1]) != x.shape[-1]: raise ValueError(f"edges end at {int(edges[-1])} but x has {x.shape[-1]} distances (shape {tuple(x.shape)})")
+    bin_of = torch.repeat_interleave(edges.diff()).to(x.device)
+    return x.new_zeros(*x.shape[:-1], len(edges) - 1).index_add(-1, bin_of, x)
+
 # %% ../nbs/02_spectra.ipynb #heat
 def _heat(
     values: torch.Tensor,  # [heads, columns]
@@ -376,4 +426,64 @@ def plot_band_energy(
     step = max(1, len(names)//16)
     axes.set_xlabel("band: axis and wavelength in positions")
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
+    return figure
+
+# %% ../nbs/02_spectra.ipynb #plot-log
+def plot_by_distance(
+    values: torch.Tensor,  # one value per bin of distances, [lines, bins]
+    edges: torch.Tensor,  # of the bins, [bins + 1]
+    names: list,  # of the lines
+    limits: tuple,  # (low, high) of the y axis
+    label: str,  # of the y axis, with the unit
+    title: str,
+) -> Figure:
+    "Lines over the token distance, on an axis of octaves (ours)."
+    figure = Figure(figsize=(6, 3.4), layout="constrained", dpi=80)
+    axes = figure.subplots()
+    for line, name in zip(values, names, strict=True):
+        axes.stairs(line.detach().float().cpu().numpy(), edges.numpy() + 1, baseline=None, label=name, linewidth=1.5)
+    axes.axhline(0, color="0.7", linewidth=.8, zorder=0)
+    ticks = [2**i for i in range(0, int(edges[-1]).bit_length(), 2)]
+    axes.set_xscale("log", base=2)
+    axes.set(xlabel="distance in tokens, plus one", ylabel=label, title=title, ylim=limits, xlim=(1, int(edges[-1])), xticks=ticks, xticklabels=ticks)
+    figure.legend(fontsize=8, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+# %% ../nbs/02_spectra.ipynb #plot-map
+def plot_head_map(
+    values: dict,  # name -> one value per head, [layers, heads]
+    limits: tuple,  # (low, high), the fixed colour range of all of them
+    label: str,  # what the colours mean, with the unit
+    colours: str = "viridis",  # name of a colour map
+) -> Figure:
+    "Layer by head, one panel a name; nan is grey (ours)."
+    layers, heads = next(iter(values.values())).shape
+    figure = Figure(figsize=(1.3 + len(values)*max(1.4, .5 + .16*heads), 1.4 + max(.9, .13*layers)), layout="constrained", dpi=80)
+    for axes, (name, value) in zip(figure.subplots(1, len(values), squeeze=False)[0], values.items()):
+        axes.set_facecolor("0.85")
+        shown = axes.imshow(value.detach().float().cpu().numpy(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto", interpolation="nearest")
+        axes.set_title(name, fontsize=9)
+        axes.set(xlabel="head", xticks=range(0, heads, max(1, heads//4)), yticks=range(0, layers, max(1, layers//8)))
+    figure.axes[0].set_ylabel("layer")
+    figure.colorbar(shown, ax=figure.axes, label=label)
+    return figure
+
+# %% ../nbs/02_spectra.ipynb #plot-activation
+def plot_key_activation(
+    activation: dict,  # name of a model -> [layers, heads, sizes], from key_activation, mean over haystacks
+    sizes: list,  # images of the haystacks
+) -> Figure:
+    "Key activation of every head against haystack size, one panel a model, as the paper's Figure 4; dotted: attention spread evenly over the images."
+    figure = Figure(figsize=(1.4 + 3.4*len(activation), 3), layout="constrained", dpi=80)
+    for axes, (name, values) in zip(figure.subplots(1, len(activation), squeeze=False, sharey=True)[0], activation.items()):
+        for layer, heads in enumerate(values.detach().float().cpu()):
+            for head, line in enumerate(heads):
+                axes.plot(sizes, line, color=f"C{layer}", label=f"layer {layer}" if head == 0 else None, linewidth=1.3, marker=".", markersize=4)
+        axes.plot(sizes, [1/n for n in sizes], ":", color="0.4")
+        axes.set_xscale("log")
+        axes.set(title=name, xlabel="images", ylim=(0, 1.02), xticks=sizes, xticklabels=sizes)
+        axes.minorticks_off()
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(fontsize=8, frameon=False)
+    figure.axes[0].set_ylabel("key activation")
     return figure
