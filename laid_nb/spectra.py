@@ -33,11 +33,18 @@ def _quarter_turns(
     return torch.polar(torch.ones_like(angle), angle).to(torch.complex64 if dtype == torch.float32 else torch.complex128)
 
 # %% ../nbs/02_spectra.ipynb #lag-sums
-def _pieces(batch, kv_heads, length, dims, limit=2**19):
+def _pieces(batch, kv_heads, length, dims, limit=2**18):
     "Slices of KV heads and of dimensions whose transforms hold about `limit` numbers."
     d = min(dims, max(1, limit//(batch*length)))
     j = max(1, limit//(batch*length*dims))
     return [(slice(a, a + j), slice(b, b + d)) for a in range(0, kv_heads, j) for b in range(0, dims, d)]
+
+def _transform(x, turns, length):
+    "[..., tokens, dims] -> [..., dims, length] complex: tokens last, turned and transformed. By whole matrices, since torch is slow at turning strided ones around."
+    out = torch.zeros(*x.shape[:-2], x.shape[-1], length, dtype=turns.dtype, device=x.device)
+    for place, matrix in zip(out.flatten(0, -3), x.to(turns.real.dtype).contiguous().flatten(0, -3)):
+        torch.mul(matrix.T.contiguous(), turns, out=place[:, :len(turns)])
+    return torch.fft.fft(out)
 
 class _LagSums(torch.autograd.Function):
     "q [batch, heads, tokens, dims], k [batch, kv_heads, tokens, dims] -> sum of q_m . k_{m-D} over batch and m, [heads, tokens] of the real `dtype` that computes."
@@ -49,11 +56,10 @@ class _LagSums(torch.autograd.Function):
         (batch, kv_heads, tokens, dims), grouped = k.shape, q.unflatten(1, (k.shape[1], -1))
         length = _fast_length(tokens)
         turns = _quarter_turns(tokens, length, dtype, q.device)
-        transform = lambda x: torch.fft.fft(x.mT.to(dtype).contiguous()*turns, length)  # [batch, pieces of KV heads, of dims, length]
         cross = torch.zeros(kv_heads, grouped.shape[2], length, dtype=turns.dtype, device=q.device)
         for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat = transform(k[:, j, :, d]).conj()
-            for g in range(grouped.shape[2]): cross[j, g] += (transform(grouped[:, j, g, :, d])*k_hat).sum((0, 2))
+            k_hat = _transform(k[:, j, :, d], turns, length).conj_physical()
+            for g in range(grouped.shape[2]): cross[j, g] += (_transform(grouped[:, j, g, :, d], turns, length)*k_hat).sum((0, 2))
         return (torch.fft.ifft(cross)[..., :tokens]*turns.conj()).real.flatten(0, 1)
 
     @staticmethod
@@ -63,15 +69,15 @@ class _LagSums(torch.autograd.Function):
         (batch, kv_heads, tokens, dims), grouped = k.shape, q.unflatten(1, (k.shape[1], -1))
         length = _fast_length(tokens)
         turns = _quarter_turns(tokens, length, dtype, q.device)
-        transform = lambda x: torch.fft.fft(x.to(dtype).contiguous()*turns, length)
         back = lambda x: (torch.fft.ifft(x)[..., :tokens]*turns.conj()).real.mT
-        g_hat = transform(grad.unflatten(0, (kv_heads, -1)))[:, :, None]  # [kv_heads, group, 1, length]
+        g_hat = torch.fft.fft(grad.to(dtype).unflatten(0, (kv_heads, -1))*turns, length)[:, :, None]  # [kv_heads, group, 1, length]
+        g_conj = g_hat.conj_physical()
         dq, dk = torch.empty_like(grouped), torch.empty_like(k)
         for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat, dk_hat = transform(k[:, j, :, d].mT), 0
+            k_hat, dk_hat = _transform(k[:, j, :, d], turns, length), 0
             for g in range(grouped.shape[2]):
                 dq[:, j, g, :, d] = back(g_hat[j, g]*k_hat)
-                dk_hat = dk_hat + g_hat[j, g].conj()*transform(grouped[:, j, g, :, d].mT)
+                dk_hat = dk_hat + g_conj[j, g]*_transform(grouped[:, j, g, :, d], turns, length)
             dk[:, j, :, d] = back(dk_hat)
         return dq.flatten(1, 2), dk, None
 
