@@ -36,15 +36,17 @@ def _quarter_turns(
 def _pieces(batch, kv_heads, length, dims, limit=2**18):
     "Slices of KV heads and of dimensions whose transforms hold about `limit` numbers."
     d = min(dims, max(1, limit//(batch*length)))
-    j = max(1, limit//(batch*length*dims))
+    j = min(kv_heads, max(1, limit//(batch*length*dims)))
     return [(slice(a, a + j), slice(b, b + d)) for a in range(0, kv_heads, j) for b in range(0, dims, d)]
 
-def _transform(x, turns, length):
-    "[..., tokens, dims] -> [..., dims, length] complex: tokens last, turned and transformed. By whole matrices, since torch is slow at turning strided ones around."
-    out = torch.zeros(*x.shape[:-2], x.shape[-1], length, dtype=turns.dtype, device=x.device)
-    for place, matrix in zip(out.flatten(0, -3), x.to(turns.real.dtype).contiguous().flatten(0, -3)):
-        torch.mul(matrix.T.contiguous(), turns, out=place[:, :len(turns)])
-    return torch.fft.fft(out)
+def _transform(x, turns, buffer):
+    "[batch, heads, tokens, dims] -> [batch, heads, dims, length] complex: tokens last, turned and transformed, by way of `buffer`, which is at least as large and 0 behind the tokens."
+    buffer = buffer[:, :x.shape[1], :x.shape[3]]
+    for row in range(x.shape[0]):
+        for head in range(x.shape[1]):
+            matrix = x[row, head].to(turns.real.dtype).contiguous()  # torch is slow at turning a strided matrix around
+            torch.mul(matrix.T.contiguous(), turns, out=buffer[row, head, :, :len(turns)])
+    return torch.fft.fft(buffer)
 
 class _LagSums(torch.autograd.Function):
     "q [batch, heads, tokens, dims], k [batch, kv_heads, tokens, dims] -> sum of q_m . k_{m-D} over batch and m, [heads, tokens] of the real `dtype` that computes."
@@ -57,9 +59,11 @@ class _LagSums(torch.autograd.Function):
         length = _fast_length(tokens)
         turns = _quarter_turns(tokens, length, dtype, q.device)
         cross = torch.zeros(kv_heads, grouped.shape[2], length, dtype=turns.dtype, device=q.device)
-        for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat = _transform(k[:, j, :, d], turns, length).conj_physical()
-            for g in range(grouped.shape[2]): cross[j, g] += (_transform(grouped[:, j, g, :, d], turns, length)*k_hat).sum((0, 2))
+        pieces = _pieces(batch, kv_heads, length, dims)
+        buffer = turns.new_zeros(batch, pieces[0][0].stop, pieces[0][1].stop, length)
+        for j, d in pieces:
+            k_hat = _transform(k[:, j, :, d], turns, buffer).conj_physical()
+            for g in range(grouped.shape[2]): cross[j, g] += _transform(grouped[:, j, g, :, d], turns, buffer).mul_(k_hat).sum((0, 2))
         return (torch.fft.ifft(cross)[..., :tokens]*turns.conj()).real.flatten(0, 1)
 
     @staticmethod
@@ -73,11 +77,13 @@ class _LagSums(torch.autograd.Function):
         g_hat = torch.fft.fft(grad.to(dtype).unflatten(0, (kv_heads, -1))*turns, length)[:, :, None]  # [kv_heads, group, 1, length]
         g_conj = g_hat.conj_physical()
         dq, dk = torch.empty_like(grouped), torch.empty_like(k)
-        for j, d in _pieces(batch, kv_heads, length, dims):
-            k_hat, dk_hat = _transform(k[:, j, :, d], turns, length), 0
+        pieces = _pieces(batch, kv_heads, length, dims)
+        buffer = turns.new_zeros(batch, pieces[0][0].stop, pieces[0][1].stop, length)
+        for j, d in pieces:
+            k_hat, dk_hat = _transform(k[:, j, :, d], turns, buffer), 0
             for g in range(grouped.shape[2]):
                 dq[:, j, g, :, d] = back(g_hat[j, g]*k_hat)
-                dk_hat = dk_hat + g_conj[j, g]*_transform(grouped[:, j, g, :, d], turns, length)
+                dk_hat = dk_hat + g_conj[j, g]*_transform(grouped[:, j, g, :, d], turns, buffer)
             dk[:, j, :, d] = back(dk_hat)
         return dq.flatten(1, 2), dk, None
 
