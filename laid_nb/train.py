@@ -501,7 +501,8 @@ class LaidTrainer(Trainer):
             for p in self.extra_parameters(): p.grad = None  # Trainer zeroes the student's gradients only
         with self.captured(): loss = super().training_step(model, inputs, num_items_in_batch)
         if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
-            for p in self.extra_parameters(): p.grad = self.accelerator.reduce(p.grad, "mean")  # Trainer reduces the student's only
+            for p in self.extra_parameters():
+                if p.grad is not None: p.grad = self.accelerator.reduce(p.grad, "mean")  # Trainer reduces the student's only
         return loss
 
     def reading(
@@ -589,6 +590,7 @@ class LaidTrainer(Trainer):
         path = Path(resume_from_checkpoint)
         self.model.load_state_dict(type(self.model).from_pretrained(path, dtype="auto").state_dict())
         if self.gains is not None: self.load_gains(path/"gain.safetensors")
+        elif (path/"gain.safetensors").is_file(): raise ValueError(f"{path} was trained with a gain: go on with gain=True")
         if self.mixing is None: return
         loaded = load_mixing(path/"mixing.safetensors", self.model, self.teacher, self.args.by_dimension)
         if self.args.layers not in MEASURED and loaded.state_dict().keys() != self.mixing.state_dict().keys():

@@ -203,8 +203,9 @@ def test_eval_reads_files_as_it_reads_drawings(pair, work):
     assert len(records[1]) == 3 and all("response" in r for r in records[1]) and "Yes or No" in records[0]["prompt"]
 
 
-def test_train_makes_a_stock_checkpoint(pair, work):
-    (work/"a.yaml").write_text("method: laid\nmax_gap: 50\nmax_multiplicity: 4\nlearning_rate: 1e-2\nreport_to: none\nuse_cpu: true\n")
+@pytest.mark.parametrize("method", ["laid", "laid+"])
+def test_train_makes_a_stock_checkpoint(pair, work, method):
+    (work/"a.yaml").write_text(f"method: {method}\nmax_gap: 50\nmax_multiplicity: 4\nlearning_rate: 1e-2\nreport_to: none\nuse_cpu: true\n")
     ok(["train", "--teacher", pair/"teacher", "--student", pair/"student", "--pictures", "--sizes", "2-3", "--haystacks", 4, "--config", "a.yaml", "--max_steps", 1, "--warmup_steps", 0, "--output_dir", "run", "--disable_tqdm", "true"])
     before, after = weights(pair/"student"), weights("run/model")
     moved = {k for k in before if not torch.equal(before[k], after[k])}

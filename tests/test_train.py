@@ -330,6 +330,11 @@ def test_gain_has_the_mixing_learning_rate(trainer):
     assert [len(g["params"]) for g in made.optimizer.param_groups][2] == 2 + 2  # two mixings, a gain for each layer
 
 
+def test_resume_that_drops_the_gain(trainer, tmp_path):
+    trainer(folder=tmp_path/"a", method="laid+", save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="trained with a gain"): trainer(folder=tmp_path/"b").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
 def test_resume_without_a_gain(trainer, tmp_path):
     trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
     with pytest.raises(FileNotFoundError, match="gain.safetensors"): trainer(folder=tmp_path/"b", gain=True).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
