@@ -210,7 +210,10 @@ def _biased(
     "(query, key, value, attention_mask) that hold the bias. ValueError for a dense bias where the kernel takes no mask."
     unmasked = base == "sdpa" and attention_mask is None and key.shape[2] >= _wide_from
     if isinstance(bias, tuple) and (base not in ("sdpa", "eager") or unmasked):
-        return *extend_heads(query, key, value, *bias, kwargs["scaling"]), attention_mask
+        wide = extend_heads(query, key, value, *bias, kwargs["scaling"])
+        if "flash" in base and wide[0].shape[-1] > 256:
+            raise ValueError(f"{bias[0].shape[-1]} images make heads of {wide[0].shape[-1]} dimensions, {base} takes 256: fewer images, or attn_implementation=\"sdpa\"")
+        return *wide, attention_mask
     if base not in ("sdpa", "eager"):
         raise ValueError(f'attention "{base}" takes no dense bias on its logits: give its factors (rows, keys), or load the model with attn_implementation="sdpa"')
     is_causal = kwargs.get("is_causal")

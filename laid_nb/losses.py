@@ -142,9 +142,9 @@ def fourier_loss(
     def response(q, k, scaling, real, last):
         factor = 1 if scaling is None else scaling * q.shape[-1] ** 0.5
         return factor * (distance_response(q, k, real, last) if spec is None else band_response(q, k, spec, real, last))
-    target = resample(response(target_q, target_k, target_scaling, target_real, math.ceil((n - 1) * step)), step, n).to(student_q.device)
-    size = weighted_power(target.detach(), slope).sum()
-    if not 0 < float(size) < float("inf"): raise ValueError(f"target queries {tuple(target_q.shape)} and keys have a response of weighted power {float(size)}, need a positive number: "
+    target = resample(response(target_q, target_k, target_scaling, target_real, min(target_longest, math.ceil((n - 1) * step))), step, n).to(student_q.device)
+    size = weighted_power(target, slope).sum()
+    if not 0 < size.item() < float("inf"): raise ValueError(f"target queries {tuple(target_q.shape)} and keys have a response of weighted power {size.item()}, need a positive number: "
                                                            "are they zero, not finite, or the mask full of holes?")
     return weighted_power(response(student_q, student_k, student_scaling, real, n - 1) - target, slope).sum() / size
 
@@ -249,7 +249,7 @@ def attention_match_loss(
     bias: tuple | None = None,  # (rows, keys), each [batch, tokens, images], fixed: rows @ keys.mT is added to both logits
     block: int = 256,  # rows of logits computed at a time; memory grows with block x tokens
 ) -> torch.Tensor:  # scalar, float32 (float64 for float64 input)
-    "Distance-weighted divergence of the student's causal attention from the target's, mean over heads and real rows, in O(tokens) memory (ours). `ValueError` on shapes, β, γ or a missing gradient."
+    "Distance-weighted divergence of the student's causal attention from the target's, mean over heads and real rows, in O(tokens) memory (ours). Not for sliding windows or soft-capped logits. `ValueError` on shapes, β, γ or a missing gradient."
     check_target(student_q, student_k, target_q, target_k)
     (batch, heads, tokens, _), inputs = student_q.shape, (student_q, student_k, target_q, target_k)
     if target_q.shape[2] != tokens: raise ValueError(f"student queries {tuple(student_q.shape)} and target queries {tuple(target_q.shape)} differ in tokens: attention is compared key by key")

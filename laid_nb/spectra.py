@@ -41,11 +41,12 @@ def _pieces(batch, kv_heads, length, dims, limit=2**18):
 
 def _transform(x, turns, buffer):
     "[batch, heads, tokens, dims] -> [batch, heads, dims, length] complex: tokens last, turned and transformed, by way of `buffer`, which is at least as large and 0 behind the tokens."
-    buffer = buffer[:, :x.shape[1], :x.shape[3]]
-    for row in range(x.shape[0]):
-        for head in range(x.shape[1]):
-            matrix = x[row, head].to(turns.real.dtype).contiguous()  # torch is slow at turning a strided matrix around
-            torch.mul(matrix.T.contiguous(), turns, out=buffer[row, head, :, :len(turns)])
+    buffer, x = buffer[:, :x.shape[1], :x.shape[3]], x.to(turns.real.dtype)
+    if x.shape[3] < 8: torch.mul(x.mT, turns, out=buffer[..., :len(turns)])  # narrow, as a band is: all matrices at once
+    else:
+        for row in range(x.shape[0]):
+            for head in range(x.shape[1]):  # torch is slow at turning a strided matrix around
+                torch.mul(x[row, head].contiguous().T.contiguous(), turns, out=buffer[row, head, :, :len(turns)])
     return torch.fft.fft(buffer)
 
 class _LagSums(torch.autograd.Function):
@@ -423,14 +424,16 @@ def plot_band_energy(
     spec,  # laid_nb.rope.RopeSpec of the model
     limit: float,  # colour range 0..limit
     title: str = "energy by RoPE band",
+    label: str = "mean energy",  # what the colours mean
 ) -> Figure:
-    "Head by RoPE band, each band named by its axis and wavelength in positions (ours)."
+    "Head by RoPE band, each band named by its wavelength in positions, and by its axis where there are several (ours)."
     if energy.shape[1] != len(spec.inv_freq):
         raise ValueError(f"energy has {energy.shape[1]} bands but the spec has {len(spec.inv_freq)}")
-    figure, axes = _heat(energy, "viridis", (0, limit), "mean energy", title)
-    names = [f"{'THW'[a]} {w:.0f}" for a, w in zip(spec.axis, spec.wavelength)]
+    figure, axes = _heat(energy, "viridis", (0, limit), label, title)
+    several = bool(spec.axis.any())
+    names = [(f"{'THW'[a]} " if several else "") + f"{w:.0f}" for a, w in zip(spec.axis, spec.wavelength)]
     step = max(1, len(names)//16)
-    axes.set_xlabel("band: axis and wavelength in positions")
+    axes.set_xlabel(f"band: {'axis and ' if several else ''}wavelength in positions")
     axes.set_xticks(range(0, len(names), step), names[::step], rotation=90, fontsize=7)
     return figure
 

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OURS', 'MEASURED', 'TERMS', 'pad', 'HaystackCollator', 'n_images', 'SizeSampler', 'image_features', 'precompute',
-           'image_inputs', 'read_positions', 'image_tokens', 'read_groups', 'needle_scores', 'needle_pair', 'same_rope',
-           'gram_sums', 'build_mixing', 'fit_mixing', 'load_mixing', 'best_layers', 'needle_layers', 'setting',
-           'LaidConfig', 'step_generator', 'check_pair', 'LaidTrainer']
+           'image_inputs', 'read_positions', 'image_tokens', 'read_groups', 'needle_scores', 'needle_pair',
+           'shared_rope', 'shared_specs', 'gram_sums', 'build_mixing', 'fit_mixing', 'load_mixing', 'best_layers',
+           'measured_layers', 'setting', 'LaidConfig', 'step_generator', 'check_pair', 'check_full_attention',
+           'LaidTrainer']
 
 # %% ../nbs/09_train.ipynb #imports
 import math
@@ -27,8 +28,8 @@ from .capture import capture
 from .haystack import encode
 from .gain import fold_gain, folded, rope_gains
 from .losses import attention_match_loss, check_same_tokens, fourier_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss
-from .mixing import GramStats, best_pairs, explained_table, head_sizes, layer_pairs, mixing_kind, mixings
-from .rope import rope_spec
+from .mixing import FORMS, GramStats, best_pairs, explained_table, layer_pairs, mixing_kind, mixings
+from .rope import RopeSpec, rope_spec
 from .window import WindowSimulation, asked_rows, image_groups
 
 # %% ../nbs/09_train.ipynb #collator
@@ -193,19 +194,22 @@ def needle_pair(
     return tuple(int(s.amax(1).argmax()) for s in (student_scores, teacher_scores))
 
 # %% ../nbs/09_train.ipynb #mixing
-def same_rope(
+def shared_rope(
+    a: RopeSpec,
+    b: RopeSpec,
+) -> bool:
+    "Whether heads of both can be compared dimension by dimension: equal head dimension, frequencies, sections and layout."
+    return a.head_dim == b.head_dim and a.adjacent == b.adjacent and torch.equal(a.axis, b.axis) and torch.allclose(a.inv_freq, b.inv_freq)
+
+
+def shared_specs(
     student,  # a transformers model
     teacher,  # a transformers model
     pairs: list[tuple[int, int]],  # (student layer, teacher layer)
-) -> str:  # "" or what differs
-    "Whether queries and keys of both can be compared dimension by dimension: head dimension, frequencies, sections and layout."
-    (*_, a), (*_, b) = head_sizes(student.config), head_sizes(teacher.config)
-    if a != b: return f"head dimensions differ: student {a}, teacher {b}"
-    for s, t in pairs:
-        a, b = rope_spec(student, s), rope_spec(teacher, t)
-        if a.adjacent != b.adjacent or not (torch.equal(a.axis, b.axis) and torch.allclose(a.inv_freq, b.inv_freq)):
-            return f"RoPE of student layer {s} and teacher layer {t} differ in frequencies or sections"
-    return ""
+) -> dict[tuple[int, int], RopeSpec | None]:
+    "The RoPE that both layers of each pair have, None where they differ."
+    own, other = ({l: rope_spec(model, l) for l in sorted(set(layers))} for model, layers in zip((student, teacher), zip(*pairs)))
+    return {(s, t): own[s] if shared_rope(own[s], other[t]) else None for s, t in pairs}
 
 
 @torch.no_grad()
@@ -214,12 +218,14 @@ def gram_sums(
     student,  # a transformers model
     teacher,  # a transformers model
     batches: list[dict],  # from `HaystackCollator`, on the models' device
+    by_band: bool = False,  # as forms other than scalar need them
 ) -> dict[tuple[int, int], GramStats]:
-    "What both models make of a few batches, as streamed Gram sums of every pair of layers, by RoPE band."
-    stats, specs = {pair: GramStats() for pair in pairs}, {t: rope_spec(teacher, t) for _, t in pairs}
+    "What both models make of a few batches, as streamed Gram sums of every pair of layers."
+    stats, layers = {pair: GramStats() for pair in pairs}, sorted({t for _, t in pairs})
+    specs = {t: rope_spec(teacher, t) if by_band else None for t in layers}
     for batch in batches:
         position_ids = read_positions(student, batch)
-        with capture(student, sorted({s for s, _ in pairs})) as a, capture(teacher, sorted(specs)) as b:
+        with capture(student, sorted({s for s, _ in pairs})) as a, capture(teacher, layers) as b:
             for model, role in ((student, "student"), (teacher, "teacher")):
                 model(**image_inputs(model, batch, role), position_ids=position_ids, logits_to_keep=1, use_cache=False)
         for (s, t), gram in stats.items(): gram.update(a["q", s], a["k", s], b["q", t], b["k", t], batch["attention_mask"], specs[t])
@@ -237,9 +243,10 @@ def build_mixing(
 ) -> nn.ModuleDict:  # {"s-t": HeadMixing}
     "The mixing of every pair. `ValueError` for a missing layer or no RoPE, and, by dimension, for unequal head dimensions or RoPE."
     mixing = mixings(student.config, teacher.config, pairs, constraint, tied, form, same_head_dim=by_dimension)
-    differs = same_rope(student, teacher, pairs)
-    if by_dimension and differs:
-        raise ValueError(f"{differs}: their queries and keys cannot be compared dimension by dimension. Method laid+ with lambda_laid=0 and mixing_init=uniform or random compares by distance alone")
+    if by_dimension:
+        for (s, t), spec in shared_specs(student, teacher, pairs).items():
+            if spec is None: raise ValueError(f"RoPE of student layer {s} and teacher layer {t} differ in frequencies or sections: their queries and keys cannot be compared dimension by dimension. "
+                                              "Method laid+ with lambda_laid=0 and mixing_init=uniform or random compares by distance alone")
     return mixing
 
 
@@ -253,7 +260,8 @@ def fit_mixing(
 ) -> dict[tuple[int, int], GramStats]:  # what was measured, by pair; empty where heads cannot be compared by dimension
     "Start the weights, and measure the teacher's scales where Eq. 7 is to be had."
     pairs = [tuple(map(int, key.split("-"))) for key in mixing]
-    stats = {} if same_rope(student, teacher, pairs) else gram_sums(pairs, student, teacher, batches)
+    form = next(iter(mixing.values())).form
+    stats = gram_sums(pairs, student, teacher, batches, form != "scalar") if all(shared_specs(student, teacher, pairs).values()) else {}
     generator = torch.Generator().manual_seed(seed)
     for pair, mix in zip(pairs, mixing.values()):
         if init == "ridge": mix.init_ridge(stats[pair])
@@ -281,21 +289,29 @@ def best_layers(
     student,  # a transformers model
     teacher,  # a transformers model
     batches: list[dict],  # from `HaystackCollator`, on the models' device
+    form: str = "scalar",  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "Each student layer with the teacher layer whose mixtures explain it best."
+    "Each student layer with the teacher layer of the same RoPE whose mixtures explain it best."
     layers = [range(m.config.get_text_config().num_hidden_layers) for m in (student, teacher)]
-    return best_pairs(explained_table(gram_sums([(s, t) for s in layers[0] for t in layers[1]], student, teacher, batches)))
+    pairs = [(s, t) for s in layers[0] for t in layers[1]]
+    table = explained_table(gram_sums(pairs, student, teacher, batches, form != "scalar"), form)
+    for pair, spec in shared_specs(student, teacher, pairs).items():
+        if spec is None: table[pair] = -math.inf
+    return best_pairs(table)
 
 
-def needle_layers(
+def measured_layers(
+    layers: str,  # one of MEASURED
     student,  # a transformers model
     teacher,  # a transformers model
     batches: list[dict],  # from `HaystackCollator`, on the models' device
+    form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "The pair of layers whose best heads look most at the needle."
+    "Layers chosen by what they do on a few haystacks."
+    if layers == "best": return best_layers(student, teacher, batches, form)
     return [needle_pair(needle_scores(student, batches, "student"), needle_scores(teacher, batches, "teacher"))]
 
-MEASURED = {"needle": needle_layers, "best": best_layers}  # ways to choose layers that look at a few haystacks first
+MEASURED = ("needle", "best")
 
 # %% ../nbs/09_train.ipynb #config
 def setting(default, help): return field(default=default, metadata={"help": help})
@@ -340,10 +356,11 @@ class LaidConfig(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
-        for name, allowed in (("method", TERMS), ("mixing_init", ("ridge", "uniform", "random")), ("form", ("scalar", "band", "complex")), ("distance", ("positions", "tokens"))):
+        for name, allowed in (("method", TERMS), ("mixing_init", ("ridge", "uniform", "random")), ("form", FORMS), ("norm", ("mean", "sum")), ("distance", ("positions", "tokens"))):
             if getattr(self, name) not in allowed: raise ValueError(f"{name} is {getattr(self, name)!r}: need one of {', '.join(allowed)}")
         if not 0 <= self.alpha <= 1: raise ValueError(f"alpha is {self.alpha}: need a share between 0 and 1")
-        if not (0 <= self.beta < math.inf and 0 < self.gamma < math.inf): raise ValueError(f"beta is {self.beta} and gamma {self.gamma}: need 0 or more, and more than 0")
+        for name, value in dict(beta=self.beta, gamma=self.gamma, **{f"lambda_{term}": weight for term, weight in self.given.items()}).items():
+            if not 0 <= value < math.inf: raise ValueError(f"{name} is {value}: need a number of 0 or more")
         foreign = [name for name in self.given if name not in TERMS["laid+" if self.aligns else self.method]]
         if foreign: raise ValueError(f"method {self.method!r} has no term {foreign[0]!r}: leave lambda_{foreign[0]} out, or choose another method")
         if not self.init_haystacks >= 1: raise ValueError(f"init_haystacks is {self.init_haystacks}: need at least 1")
@@ -404,6 +421,19 @@ def check_pair(
     largest, rows = max(student_tokenizer.get_vocab().values()), teacher.get_input_embeddings().num_embeddings
     if largest >= rows: raise ValueError(f"the tokenizer has ids to {largest}, the teacher embeds only {rows}")
 
+
+def check_full_attention(
+    model,  # a transformers model
+    layers: set[int],  # whose attention is to be matched
+    role: str,  # "student" or "teacher", for the message
+) -> None:
+    "`ValueError` for layers that attend in a sliding window or cap their logits: `attention_match_loss` compares plain causal attention."
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["full_attention"]*text.num_hidden_layers
+    for layer in sorted(layers):
+        if layer < len(kinds) and kinds[layer] != "full_attention" or getattr(text, "attn_logit_softcapping", None):
+            raise ValueError(f"{role} layer {layer} ({kinds[layer]}) does not attend causally to all tokens with plain logits: align other layers, or set lambda_attention=0")
+
 # %% ../nbs/09_train.ipynb #trainer
 class LaidTrainer(Trainer):
     "`transformers.Trainer` that minimises Eq. 8. Freezes the teacher, and the student's vision tower unless `train_vision`."
@@ -422,13 +452,13 @@ class LaidTrainer(Trainer):
         if args.train_vision and isinstance(train_dataset[0], dict): raise ValueError("train_vision needs pixels: give haystacks, not what precompute made of them")
         if args.n_gpu > 1: raise ValueError(f"{args.n_gpu} devices in one process: start one process each, with torchrun or accelerate launch")
         if args.fsdp or args.deepspeed: raise ValueError("FSDP and DeepSpeed would split the heads that Eq. 7 compares: use one device or plain data parallel")
-        self.teacher, self.mixing, self.gains, self.caches, self.place, self.sums = None, None, None, (None, None), None, {}  # place: (step, micro-batch)
+        self.teacher, self.mixing, self.specs, self.gains, self.caches, self.place, self.sums = None, None, {}, None, (None, None), None, {}  # place: (step, micro-batch)
         rope_spec(model, model.config.get_text_config().num_hidden_layers - 1)  # refuses a model without RoPE
         if args.method != "sft":
             check_pair(model, teacher, processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None))
             self.teacher = teacher.requires_grad_(False).eval()
             if getattr(teacher, "hf_device_map", None) is None: teacher.to(args.device)
-        if args.aligns: self.mix(model, args, layer_pairs("last" if args.layers in MEASURED else args.layers, model.config, teacher.config))
+        if args.aligns: self.make_mixing(model, args, layer_pairs("last" if args.layers in MEASURED else args.layers, model.config, teacher.config))
         if args.gains: self.gains = rope_gains(model).to(args.device)
         if args.simulates or args.layers == "needle": image_tokens(model)
         tower = model.get_encoder(modality="image")
@@ -441,14 +471,14 @@ class LaidTrainer(Trainer):
         sizes = [n_images(s) for s in train_dataset or self.train_dataset]
         return SizeSampler(sizes, self._train_batch_size, self.args.data_seed or self.args.seed, lambda: int(self.state.epoch or 0))
 
-    def mix(self, student, args, pairs):
-        "Make the mixing of these pairs of layers."
+    def make_mixing(self, student, args, pairs):
+        "The mixing of these pairs of layers. ValueError for a layer whose attention cannot be matched."
+        if args.weights.get("attention"): check_full_attention(student, {s for s, _ in pairs}, "student"); check_full_attention(self.teacher, {t for _, t in pairs}, "teacher")
         self.use_mixing(student, args, build_mixing(student, self.teacher, pairs, args.constraint, args.tied, args.form, args.by_dimension))
 
     def use_mixing(self, student, args, mixing):
-        "Take a mixing, and the RoPE that both layers of each pair share (None where they differ)."
-        self.mixing, self.specs = mixing.to(args.device), {}
-        for s, t in (map(int, key.split("-")) for key in mixing): self.specs[f"{s}-{t}"] = None if same_rope(student, self.teacher, [(s, t)]) else rope_spec(student, s)
+        "Take a mixing, and the RoPE that both layers of each pair share."
+        self.mixing, self.specs = mixing.to(args.device), shared_specs(student, self.teacher, [tuple(map(int, key.split("-"))) for key in mixing])
 
     def start_mixing(self):
         "Choose the layers if that is wanted, start the mixing weights and measure the scales on the first haystacks."
@@ -458,12 +488,13 @@ class LaidTrainer(Trainer):
         training = self.model.training
         with self.accelerator.autocast():
             self.model.eval()
-            if self.args.layers in MEASURED: self.mix(self.model, self.args, MEASURED[self.args.layers](self.model, self.teacher, batches))
+            if self.args.layers in MEASURED: self.make_mixing(self.model, self.args, measured_layers(self.args.layers, self.model, self.teacher, batches, self.args.form))
             fit_mixing(self.mixing, self.model, self.teacher, batches, self.args.mixing_init, self.args.seed)
             self.model.train(training)
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         "Train; a path, or True for the last checkpoint in `output_dir`, goes on where that stopped."
+        if self.args.gains and self.gains is None: raise RuntimeError("the gain of this trainer is folded into its student: make another LaidTrainer to train on")
         if self.mixing is not None and not resume_from_checkpoint: self.start_mixing()
         result = super().train(resume_from_checkpoint, **kwargs)
         if self.gains is not None:
@@ -485,10 +516,9 @@ class LaidTrainer(Trainer):
     @contextmanager
     def captured(self):
         "Both models under capture, for forward and backward."
-        pairs = [tuple(map(int, key.split("-"))) for key in self.mixing or ()]
         with ExitStack() as stack:
-            student = stack.enter_context(capture(self.model, sorted({s for s, _ in pairs}), gain=self.gains))
-            teacher = None if self.teacher is None else stack.enter_context(capture(self.teacher, sorted({t for _, t in pairs})))
+            student = stack.enter_context(capture(self.model, sorted({s for s, _ in self.specs}), gain=self.gains))
+            teacher = None if self.teacher is None else stack.enter_context(capture(self.teacher, sorted({t for _, t in self.specs})))
             self.caches = student, teacher
             stack.callback(setattr, self, "caches", (None, None))
             yield
@@ -522,7 +552,7 @@ class LaidTrainer(Trainer):
     @property
     def beta(self) -> float:
         "β of the attention match now: it grows from 0 over `ramp`."
-        return self.args.beta*min(1.0, self.progress/self.args.ramp if self.args.ramp else 1.0)
+        return self.args.beta*self.args.window.level(self.progress)
 
     def alignment(
         self,
@@ -533,13 +563,12 @@ class LaidTrainer(Trainer):
         "The terms that compare the student's heads with their mixtures, each summed over the pairs of layers: Eq. 7, spectra, attention."
         (student, teacher), args = self.caches, self.args
         terms = {name: 0.0 for name in ("laid", "fourier", "attention") if args.weights.get(name)}
-        for key, mix in self.mixing.items():
-            s, t = map(int, key.split("-"))
+        for (s, t), mixing in zip(self.specs, self.mixing.values()):
             own = student["q", s], student["k", s]
-            heads = *own, *(x.to(own[0].device) for x in mix(teacher["q", t], teacher["k", t]))
+            heads = *own, *mixing(*(teacher[x, t].to(own[0].device) for x in "qk"))
             scalings = student.scaling[s], teacher.scaling[t]
-            if "laid" in terms: terms["laid"] += sum(laid_loss(*heads, mask, mix.scale_q, mix.scale_k, args.norm))
-            if "fourier" in terms: terms["fourier"] += fourier_loss(*heads, mask, *scalings, spec=self.specs[key])
+            if "laid" in terms: terms["laid"] += sum(laid_loss(*heads, mask, mixing.scale_q, mixing.scale_k, args.norm))
+            if "fourier" in terms: terms["fourier"] += fourier_loss(*heads, mask, *scalings, spec=self.specs[s, t])
             if "attention" in terms:
                 terms["attention"] += attention_match_loss(*heads, mask, *scalings, position_ids if args.distance == "positions" else None, self.beta, args.gamma, bias)
         return terms
@@ -593,8 +622,8 @@ class LaidTrainer(Trainer):
         elif (path/"gain.safetensors").is_file(): raise ValueError(f"{path} was trained with a gain: go on with gain=True")
         if self.mixing is None: return
         loaded = load_mixing(path/"mixing.safetensors", self.model, self.teacher, self.args.by_dimension)
-        if self.args.layers not in MEASURED and loaded.state_dict().keys() != self.mixing.state_dict().keys():
-            raise ValueError(f"{path} was trained with other layers, another form or constraint: it holds {', '.join(loaded.state_dict())}")
+        names = [m.state_dict().keys() if self.args.layers not in MEASURED else next(iter(m.values())).state_dict().keys() for m in (loaded, self.mixing)]
+        if names[0] != names[1]: raise ValueError(f"{path} was trained with other layers, another form or constraint: it holds {', '.join(loaded.state_dict())}")
         self.use_mixing(self.model, self.args, loaded)
 
     def load_gains(self, path):

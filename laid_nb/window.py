@@ -129,14 +129,21 @@ class WindowSimulation:
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must be a share of training between 0 and 1; got {self.ramp}")
 
+    def level(
+        self,
+        progress: float,  # share of training done, 0..1
+    ) -> float:  # 0..1
+        "How far the ramp has come."
+        if not 0 <= progress <= 1:
+            raise ValueError(f"progress must lie between 0 and 1; got {progress}")
+        return min(1.0, progress/self.ramp) if self.ramp else 1.0
+
     def limits(
         self,
         progress: float,  # share of training done, 0..1
     ) -> tuple:  # (largest total gap, largest multiplicity) at this point
         "What the ramp allows so far."
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress must lie between 0 and 1; got {progress}")
-        level = min(1.0, progress/self.ramp) if self.ramp else 1.0
+        level = self.level(progress)
         return int(level*self.max_gap), 1 + level*(self.max_multiplicity - 1)
 
     def sample(

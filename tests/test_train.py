@@ -15,7 +15,7 @@ from laid_nb.capture import capture
 from laid_nb.haystack import picture_haystack
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.rope import rope_spec
-from laid_nb.train import (MEASURED, HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, needle_pair, needle_scores, precompute,
+from laid_nb.train import (HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, needle_pair, needle_scores, precompute,
                            read_groups, read_positions, step_generator)
 
 
@@ -325,9 +325,23 @@ def test_saving_leaves_the_student_as_it_was(trainer, tmp_path):
 
 
 def test_gain_has_the_mixing_learning_rate(trainer):
-    made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1)
+    made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
-    assert [len(g["params"]) for g in made.optimizer.param_groups][2] == 2 + 2  # two mixings, a gain for each layer
+    assert [(g["lr"], len(g["params"])) for g in made.optimizer.param_groups][2] == (.1, 2 + 2)  # two mixings, a gain for each layer
+    assert all((g.gain() != 1).all() for g in made.learned_gains.values())
+    with pytest.raises(RuntimeError, match="another LaidTrainer"): made.train()
+
+
+def test_resume_with_another_form(trainer, tmp_path):
+    trainer(folder=tmp_path/"a", layers="best", save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="another form"): trainer(folder=tmp_path/"b", layers="best", form="band").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
+def test_attention_that_cannot_be_matched(trainer, tiny):
+    student = tiny("student")
+    student.config.text_config.layer_types = ["full_attention", "sliding_attention"]
+    with pytest.raises(ValueError, match=r"student layer 1 \(sliding_attention\) does not attend"): trainer(student, method="laid+")
+    trainer(student, method="laid+", lambda_attention=0.), trainer(student, method="laid+", layers="0:0")
 
 
 def test_resume_that_drops_the_gain(trainer, tmp_path):
@@ -347,12 +361,18 @@ def test_another_family(trainer, haystacks, tiny):
 
 
 # --- layers -------------------------------------------------------------------
-def test_layers_chosen_by_what_explains_them(trainer):
-    made = trainer(layers="best")
+@pytest.mark.parametrize("form", ["scalar", "complex"])
+def test_layers_chosen_by_what_explains_them(trainer, monkeypatch, form):
+    from laid_nb import train
+    asked, real = [], train.explained_table
+    def table(grams, form):
+        asked.append((sorted(grams), form))
+        assert real(grams, form).shape == (2, 3)
+        return torch.tensor([[.1, .3, .2], [.6, .4, .5]])
+    monkeypatch.setattr(train, "explained_table", table)
+    made = trainer(layers="best", form=form)
     made.start_mixing()
-    chosen = [tuple(map(int, key.split("-"))) for key in made.mixing]
-    batches = [made.data_collator([s]) for s in made.train_dataset[:4]]
-    assert chosen == MEASURED["best"](made.model.eval(), made.teacher, batches) and [s for s, _ in chosen] == [0, 1]
+    assert list(made.mixing) == ["0-1", "1-0"] and list(made.specs) == [(0, 1), (1, 0)] and asked == [([(s, t) for s in range(2) for t in range(3)], form)]
 
 
 def test_needle_scores_are_those_of_eager_attention(processor, haystacks, tiny):
@@ -451,7 +471,7 @@ def test_weights_of_the_terms():
 # --- what is refused ----------------------------------------------------------
 @pytest.mark.parametrize("settings, words", [(dict(alpha=1.5), "alpha is 1.5"), (dict(method="magic"), "method is 'magic'"), (dict(mixing_init="best"), "mixing_init"), (dict(max_gap=-1), "max_gap"),
                                              (dict(max_multiplicity=.5), "max_multiplicity"), (dict(ramp=2.), "ramp"), (dict(label_smoothing_factor=.1), "label_smoothing"), (dict(init_haystacks=0), "init_haystacks"),
-                                             (dict(form="matrix"), "form is 'matrix'"), (dict(distance="pixels"), "distance is 'pixels'"), (dict(beta=-1.), "beta is -1"), (dict(gamma=0.), "gamma 0"),
+                                             (dict(form="matrix"), "form is 'matrix'"), (dict(distance="pixels"), "distance is 'pixels'"), (dict(beta=-1.), "beta is -1"), (dict(gamma=-1.), "gamma is -1"), (dict(lambda_laid=-.1), "lambda_laid is -0.1"), (dict(norm="max"), "norm is 'max'"),
                                              (dict(method="sft", lambda_kl=.1), "'sft' has no term 'kl'"), (dict(method="kd", lambda_fourier=.1), "'kd' has no term 'fourier'"),
                                              (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}), "reentrant")])
 def test_wrong_settings(settings, words):
