@@ -532,7 +532,7 @@ def report(
         if not (run.out/"vhs"/slug(name)).exists(): write_vhs(records[name], run.tests, run.out/"vhs"/slug(name))
     rows, said = table_cells(results, "student"), verdict(results)
     title = f"{run.demo.questions} questions at each size, bands: 95% intervals"
-    figure = plot_accuracy(results, title=title)
+    figure = plot_accuracy(results, title=title, dashed=" + window simulation")
     figure.axes[0].legend(loc="lower left", fontsize=9, framealpha=1, edgecolor="none")  # over the line of chance
     with whole(run.out/"accuracy.png") as part: figure.savefig(part, dpi=160)
     with whole(run.out/"table.md") as part: part.write_text(f"{table_markdown(rows)}\nAccuracy in %, 95% intervals below. Test haystacks were never trained on.\n\n{said}\n", encoding="utf-8")

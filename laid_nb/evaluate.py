@@ -383,16 +383,20 @@ def plot_accuracy(
     results: dict[str, Counts],  # counts by name of the model
     threshold: float = HALF,  # its windows are marked; PAPER (0.5) draws on the chance line
     title: str = "",  # above the axes
+    dashed: str | None = None,  # a name that ends in this is drawn dashed, in the colour of the name without it
 ) -> Figure:
     "Accuracy against haystack size with Wilson bands, for several models."
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
-    for i, (name, counts) in enumerate(results.items()):
+    colours = {}
+    for name, counts in results.items():
         low, high = wilson(counts.correct, counts.total)
-        axes.fill_between(counts.sizes, low, high, color=f"C{i}", alpha=.15, linewidth=0)
-        axes.plot(counts.sizes, counts.accuracy, "o-", color=f"C{i}", markersize=4, label=name)
+        second = dashed is not None and name.endswith(dashed)
+        colour = colours.setdefault(name.removesuffix(dashed) if second else name, f"C{len(colours)}")
+        axes.fill_between(counts.sizes, low, high, color=colour, alpha=.6/max(4, len(results)), linewidth=0)
+        axes.plot(counts.sizes, counts.accuracy, "o--" if second else "o-", color=colour, markersize=4, label=name)
         window = effective_window(*counts, threshold)
-        if not window.failed: axes.plot(window.size, threshold, ">" if window.censored else "|", color=f"C{i}", markersize=10, markeredgewidth=2, clip_on=False)
+        if not window.failed: axes.plot(window.size, threshold, ">" if window.censored else "|", color=colour, markersize=10, markeredgewidth=2, clip_on=False)
     axes.axhline(.5, color="0.4", linestyle="--", linewidth=1)
     axes.axhline(threshold, color="0.4", linestyle=":", linewidth=1)
     lowest = min(wilson(c.correct, c.total)[0].min() for c in results.values())

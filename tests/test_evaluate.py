@@ -278,6 +278,12 @@ def test_figures_draw():
     assert plot_depth(records).axes[0].images[0].get_clim() == (0, 1)
     figure.canvas.draw()
 
+
+def test_a_second_way_has_the_colour_of_the_first():
+    counts = by_size([dict(size=n, needles=[0], correct=True) for n in (3, 10)])
+    lines = {l.get_label(): (l.get_color(), l.get_linestyle()) for l in plot_accuracy(dict.fromkeys(("a", "a + b", "c + b"), counts), dashed=" + b").axes[0].lines}
+    assert [lines[name] for name in ("a", "a + b", "c + b")] == [("C0", "-"), ("C0", "--"), ("C1", "--")]
+
 # ---------------------------------------------------------------- Visual Haystacks
 
 def test_vhs_layout(model, processor, tmp_path):
