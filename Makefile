@@ -41,6 +41,7 @@ lab: $(VENV)/.dev  ## read and run the notebooks
 
 bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole step; writes data/results/bench_*.json
 	@for script in spectra mixing attention step; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	@$(BIN)/python benchmarks/tables.py
 
 # --- write --------------------------------------------------------------------
 export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py

@@ -1,0 +1,42 @@
+"""The tables of the README: what the other benchmarks left in data/results, as Markdown in data/results/bench.md."""
+import json
+
+from measure import RESULTS
+
+
+def rows(
+    name: str,  # of a benchmark
+) -> list[dict]:
+    "What a benchmark measured."
+    return json.loads((RESULTS/f"bench_{name}.json").read_text(encoding="utf-8"))["rows"]
+
+
+def markdown(
+    header: list[str],
+    lines: list[list[str]],
+) -> str:
+    "A table, the first column to the left."
+    line = lambda cells: "| " + " | ".join(cells) + " |\n"
+    return line(header) + "|:--" + "|--:"*(len(header) - 1) + "|\n" + "".join(map(line, lines))
+
+
+def steps() -> str:
+    "Time and memory of a training step by method."
+    by_size = {}
+    for r in rows("step"): by_size.setdefault(r["tokens"], {})[r["method"]] = f"{r['time / SFT + KL']:.2f}<br><sub>memory {r['memory / SFT + KL']:.2f}</sub>"
+    return markdown(["tokens", *next(iter(by_size.values()))], [[f"{tokens:,}", *cells.values()] for tokens, cells in by_size.items()])
+
+
+def parts() -> str:
+    "The parts against the best direct version at each size."
+    lines = []
+    for r in rows("spectra"):
+        direct = min(("blocked", "skewed"), key=lambda name: r[f"{name}_over_fft"])  # the faster one
+        if (r["kv_heads"], r["head_dim"]) == (2, 64):
+            lines.append(["distance response by FFT, 8 heads", f"{r['tokens']:,}", f"{r[f'{direct}_over_fft']:.1f}", f"{r['fft_MiB']/r[f'{direct}_MiB']:.2f}"])
+    for r in rows("attention"):
+        if r["time ratio"]: lines.append(["attention match in blocks, 8 heads, forward and backward", f"{r['tokens']:,}", f"{1/r['time ratio']:.1f}", f"{r['memory ratio']:.3f}"])
+    return markdown(["part", "tokens", "times as fast", "share of the memory"], lines)
+
+
+if __name__ == "__main__": (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}", encoding="utf-8")
