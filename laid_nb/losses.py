@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from .mixing import check_heads, real_tokens, repeat_kv
-from .spectra import band_response, distance_response
+from .spectra import band_response, distance_response, needle_shares
 
 # %% ../nbs/04_losses.ipynb #grad
 def check_gradient(
@@ -356,12 +356,4 @@ def needle_attention(
         if x.shape != real.shape: raise ValueError(f"{name} have shape {tuple(x.shape)}, need [batch, tokens] = {tuple(real.shape)}")
         if (x & ~real).any(): raise ValueError(f"{name} contain padding")
     if not rows.any() or not needle[rows.any(1)].any(1).all(): raise ValueError("no rows are given, or a sample has rows but no needle")
-    dtype, total = torch.promote_types(q.dtype, torch.float32), 0
-    for b in range(len(q)):
-        keys, place = k[b, :, None].to(dtype), torch.arange(q.shape[2], device=q.device)           # [kv, 1, tokens, d]
-        for part in rows[b].nonzero()[:, 0].split(block):
-            grouped = q[b][:, part].to(dtype).unflatten(0, (k.shape[1], -1))                       # [kv, group, rows, d]
-            seen = (place <= part[:, None]) & real[b]                                              # [rows, tokens]
-            share = (grouped @ keys.mT * scaling).masked_fill(~seen, -torch.inf).softmax(-1)
-            total = total + share[..., needle[b]].sum((-2, -1)).flatten()                          # [heads]
-    return total / rows.sum()
+    return sum(share.sum(1) for share in needle_shares(q, k, rows, needle, real, scaling, block)) / rows.sum()

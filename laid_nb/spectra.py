@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['distance_response', 'band_response', 'power_spectrum', 'band_energy', 'AttentionByDistance', 'attention_by_distance',
-           'local_global', 'HeadStats', 'key_activation', 'log_edges', 'in_bins', 'plot_distance_response',
-           'plot_power_spectrum', 'plot_band_energy', 'plot_by_distance', 'plot_head_map', 'plot_key_activation']
+           'local_global', 'HeadStats', 'needle_shares', 'key_activation', 'log_edges', 'in_bins',
+           'plot_distance_response', 'plot_power_spectrum', 'plot_band_energy', 'plot_by_distance', 'plot_head_map',
+           'plot_key_activation']
 
 # %% ../nbs/02_spectra.ipynb #imports
 import math
@@ -325,6 +326,26 @@ class HeadStats:
         self._total("mass")
         return _attention(self._sums)
 
+# %% ../nbs/02_spectra.ipynb #needle-shares
+def needle_shares(
+    q: torch.Tensor,  # [batch, heads, tokens, head_dim], as captured, after RoPE
+    k: torch.Tensor,  # [batch, kv_heads, tokens, head_dim]
+    rows: torch.Tensor,  # [batch, tokens] bool, True = a query that is scored
+    needle: torch.Tensor,  # [batch, tokens] bool, True = a key of the needle
+    mask: torch.Tensor,  # [batch, tokens] bool, True = real token
+    scaling: float,  # factor of the logits, as cache.scaling[layer]
+    block: int = 256,  # queries scored at a time
+):  # yields [heads, queries scored] for each sample, in 0..1, at least float32
+    "Share of causal attention that each of some queries gives to the needle, a block of queries at a time: memory heads x block x tokens (ours)."
+    dtype, place = torch.promote_types(q.dtype, torch.float32), torch.arange(q.shape[2], device=q.device)
+    for sample in range(len(q)):
+        keys, shares = k[sample, :, None].to(dtype).mT, []  # [kv_heads, 1, head_dim, tokens]
+        for at in rows[sample].nonzero()[:, 0].split(block):
+            visible = (place <= at[:, None]) & mask[sample]  # [queries, tokens]
+            logits = q[sample][:, at].to(dtype).unflatten(0, (k.shape[1], -1)) @ keys * scaling
+            shares.append(logits.masked_fill(~visible, -torch.inf).softmax(-1)[..., needle[sample]].sum(-1).flatten(0, 1))
+        yield torch.cat(shares, 1)
+
 # %% ../nbs/02_spectra.ipynb #activation
 @torch.no_grad()
 def key_activation(
@@ -340,14 +361,8 @@ def key_activation(
     for name, chosen in (("needle", needle), ("asked", asked)):
         if chosen.shape != mask.shape or chosen.dtype != torch.bool or not (chosen & mask).any(1).all():
             raise ValueError(f"{name} has shape {tuple(chosen.shape)}, {chosen.dtype}; expected bool {tuple(mask.shape)} with a real token in every row")
-    scaling, dtype, found = q.shape[-1]**-.5 if scaling is None else scaling, torch.promote_types(q.dtype, torch.float32), []
-    for row in range(len(q)):
-        at = (asked[row] & mask[row]).nonzero()[:, 0]
-        visible = (torch.arange(q.shape[2], device=q.device) <= at[:, None]) & mask[row]  # [asked, tokens]
-        logits = (q[row, :, at].to(dtype)*scaling).unflatten(0, (k.shape[1], -1)) @ k[row, :, None].to(dtype).mT
-        weights = logits.masked_fill(~visible, -torch.inf).softmax(-1).flatten(0, 1)
-        found.append((weights*needle[row]).sum(-1).amax(-1))
-    return torch.stack(found)
+    scaling = q.shape[-1]**-.5 if scaling is None else scaling
+    return torch.stack([share.amax(1) for share in needle_shares(q, k, asked & mask, needle, mask, scaling)])
 
 # %% ../nbs/02_spectra.ipynb #log-bins
 def log_edges(

@@ -264,9 +264,10 @@ def fit_mixing(
     stats = gram_sums(pairs, student, teacher, batches, form != "scalar") if all(shared_specs(student, teacher, pairs).values()) else {}
     generator = torch.Generator().manual_seed(seed)
     for pair, mix in zip(pairs, mixing.values()):
-        if init == "ridge": mix.init_ridge(stats[pair])
-        else: mix.init_random(generator) if init == "random" else mix.init_uniform()
-        if init != "ridge" and stats: mix.measure(stats[pair])
+        if init == "ridge": mix.init_ridge(stats[pair])  # measures too
+        elif init == "random": mix.init_random(generator)
+        else: mix.init_uniform()
+        if stats and init != "ridge": mix.measure(stats[pair])
     return stats
 
 
