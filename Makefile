@@ -8,7 +8,7 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lab export clean-notebooks readme wheel clean \
+.PHONY: help demo test bench reproduce lab export clean-notebooks readme wheel clean \
         check-clean check-export check-readme check-notebooks check-tests check-wheel
 
 help:  ## this list
@@ -42,6 +42,9 @@ lab: $(VENV)/.dev  ## read and run the notebooks
 bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole step; writes data/results/bench_*.json
 	@for script in spectra mixing attention step; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 	@$(BIN)/python benchmarks/tables.py
+
+reproduce: $(VENV)/.dev  ## make every result of nbs/experiments again (hours; goes on where it was stopped)
+	@for script in training_free reproduce length labels ablation why heads leakage retrieval; do echo "== $$script"; $(BIN)/python experiments/$$script.py $(ARGS) || exit 1; done
 
 # --- write --------------------------------------------------------------------
 export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py

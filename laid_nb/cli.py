@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['QUICK', 'TRAININGS', 'OUTPUTS', 'whole', 'write_json', 'read_json', 'or_nothing', 'cores', 'prepare', 'model_path',
            'first_line', 'load_model', 'number_list', 'positive', 'exam', 'train_haystacks', 'file_haystacks',
-           'table_cells', 'table_text', 'table_markdown', 'given_haystacks', 'suffix', 'run_eval', 'yaml_flags',
-           'train_config', 'TrainHelp', 'save_model', 'run_train', 'run_spectra', 'run_anchors', 'Demo', 'claim',
-           'slug', 'DemoRun', 'measure', 'step_bar', 'distil', 'stages', 'hardware', 'versions', 'numbers', 'verdict',
-           'report', 'check_demo', 'run_demo', 'fail', 'Parser', 'add_haystacks', 'parser', 'main']
+           'table_cells', 'table_text', 'table_markdown', 'given_haystacks', 'numbers_for', 'suffix', 'run_eval',
+           'yaml_flags', 'train_config', 'TrainHelp', 'save_model', 'run_train', 'run_spectra', 'run_anchors', 'Demo',
+           'claim', 'slug', 'DemoRun', 'measure', 'step_bar', 'distil', 'stages', 'hardware', 'versions', 'numbers',
+           'verdict', 'report', 'check_demo', 'run_demo', 'fail', 'Parser', 'add_haystacks', 'parser', 'main']
 
 # %% ../nbs/13_cli.ipynb #imports
 import argparse
@@ -208,6 +208,19 @@ def given_haystacks(
     if bool(args.data) == args.pictures: raise ValueError("which haystacks? give either --data FILE --image-root FOLDER, or --pictures")
     return file_haystacks(args.data, args.image_root) if args.data else exam(args.sizes, args.questions, args.seed, args.split, args.kind)
 
+def numbers_for(
+    method: str,  # of `laid_nb.baselines.evaluate_with`
+    form: str,  # as the help shows it, such as FACTOR[:POSITIONS]
+    *kinds: type,  # int or float, of each number
+):  # -> function of the text after an option, -> (method, numbers)
+    def parse(text):
+        parts, needed = text.split(":"), len(kinds) - form.count("[")
+        try:
+            if needed <= len(parts) <= len(kinds): return method, tuple(kind(part) for kind, part in zip(kinds, parts))
+        except ValueError: pass
+        raise argparse.ArgumentTypeError(f"{text!r} is not {form}, numbers")
+    return parse
+
 def suffix(
     path,  # of a file to be written
     *allowed: str,  # such as ".png"
@@ -224,6 +237,9 @@ def run_eval(
     device = prepare()
     from laid_nb.evaluate import VHS_PROMPT, by_size, evaluate, plot_accuracy, read_records, write_vhs
     model, processor = load_model(args.model)
+    if args.method:
+        from laid_nb.baselines import evaluate_with
+        evaluate = functools.partial(evaluate_with, *args.method)
     prompt = (VHS_PROMPT if args.data else "") if args.prompt is None else args.prompt
     with or_nothing(args.out, keep=lambda path: read_records(path)[1]):
         records = evaluate(model.to(device), processor, haystacks, args.out, args.model, args.batch, args.generate, prompt=prompt)
@@ -636,6 +652,12 @@ def parser():  # -> Parser
     p.add_argument("--generate", action="store_true", help="score written answers instead of the logits of Yes and No")
     p.add_argument("--prompt", metavar="TEXT", help="text before each question (default: that of Visual Haystacks with --data, none with --pictures)")
     p.add_argument("--batch", type=positive, default=12, metavar="N", help="questions of one haystack answered at once (default 12)")
+    ways = p.add_mutually_exclusive_group()  # training-free baselines, one at a time
+    for name, form, kinds, text in (("yarn", "FACTOR[:POSITIONS]", (float, int), "positions by YaRN: how many times longer inputs may be, and the trained length (default: the config's)"),
+                                    ("self-extend", "GROUP:WINDOW", (int, int), "attention by SelfExtend: positions that share one beyond a window of positions"),
+                                    ("log-n", "SLOPE:KEYS", (float, int), "logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS"),
+                                    ("sort", "ROUNDS", (int,), "read, sort images by attention, and read again, this often")):
+        ways.add_argument(f"--{name}", type=numbers_for(name.replace("-", "_"), form, *kinds), dest="method", metavar=form, help=text)
     p.add_argument("--vhs", metavar="FOLDER", help="also write results that the VHs toolkit scores")
     p.add_argument("--plot", metavar="FILE.png", help="also draw accuracy against size")
 

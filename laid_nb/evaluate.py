@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'HALF', 'VHS_PROMPT', 'wilson', 'Counts', 'Window', 'effective_window', 'Ratio', 'window_ratio',
-           'mean_relative_gain', 'ask', 'model_fingerprint', 'haystack_fingerprint', 'read_records', 'evaluate',
-           'by_size', 'by_depth', 'plot_accuracy', 'plot_depth', 'vhs_entry', 'write_vhs']
+           'mean_relative_gain', 'redraws', 'interval', 'window_draws', 'ask', 'model_fingerprint',
+           'haystack_fingerprint', 'tower_fingerprint', 'see', 'read_records', 'evaluate', 'by_size', 'by_depth',
+           'plot_accuracy', 'plot_depth', 'vhs_entry', 'write_vhs']
 
 # %% ../nbs/10_evaluate.ipynb #imports
 import hashlib
@@ -15,6 +16,7 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
@@ -26,7 +28,7 @@ from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .haystack import Haystack, Scene, messages
+from .haystack import Haystack, Scene
 
 # %% ../nbs/10_evaluate.ipynb #wilson
 def wilson(
@@ -146,6 +148,37 @@ def mean_relative_gain(
         return sum(changes)/len(changes) if changes else math.nan
     return {"short": mean(1, 20), "long": mean(50, 150)}
 
+# %% ../nbs/10_evaluate.ipynb #redraws
+def redraws(
+    correct: np.ndarray,  # [trainings, questions] bool: right or wrong; one row for a model that was not trained here
+    groups: np.ndarray,  # [questions] the haystack of each question
+    samples: int = 2000,  # redraws
+    seed: int = 0,  # of the redraws: with the same seed all models are asked the same haystacks
+) -> np.ndarray:  # [samples] accuracy on each redraw
+    "Accuracy on redrawn trainings and redrawn haystacks, paired between models. Ours. ValueError for shapes that do not fit."
+    correct, groups = np.asarray(correct, dtype=float), np.unique(groups, return_inverse=True)[1]
+    if correct.ndim != 2 or correct.shape[1] != len(groups) or not correct.size: raise ValueError(f"correct has shape {correct.shape} and groups {groups.shape}: needs [trainings, questions] and [questions]")
+    asked = np.bincount(groups)
+    right = np.stack([np.bincount(groups, row) for row in correct])  # [trainings, haystacks]
+    haystacks = np.random.default_rng(seed).multinomial(len(asked), np.full(len(asked), 1/len(asked)), samples)  # [samples, haystacks]: how often each was drawn
+    trainings = np.random.default_rng([seed, 1]).multinomial(len(right), np.full(len(right), 1/len(right)), samples)/len(right)
+    return np.einsum("sh,th,st->s", haystacks, right, trainings)/(haystacks @ asked)
+
+def interval(
+    draws: np.ndarray,  # [samples] a statistic on each redraw
+    confidence: float = 0.95,
+) -> tuple[float, float]:  # lower and upper end
+    "The middle part of what was drawn."
+    return tuple(np.quantile(draws, [(1 - confidence)/2, (1 + confidence)/2]).tolist())
+
+def window_draws(
+    sizes: np.ndarray,  # [sizes] numbers of images, increasing
+    draws: np.ndarray,  # [samples, sizes] accuracy at each size, from `redraws`
+    threshold: float = PAPER,  # as in effective_window
+) -> np.ndarray:  # [samples] effective window on each redraw, clamped to the first and last size
+    "The effective window of every redraw."
+    return _crossing(np.asarray(sizes, dtype=float), draws, threshold)
+
 # %% ../nbs/10_evaluate.ipynb #branch
 class _Branch(DynamicLayer):
     "A cache layer that continues a batch of sequences from one shared trunk without storing copies of it."
@@ -164,7 +197,23 @@ class _Trunk(NamedTuple):
     cache: DynamicCache  # keys and values of the images
     start: torch.Tensor  # [3, 1, 1] ([1, 1] without M-RoPE) position of the first token after the images
     length: int  # tokens in the cache
-    tail: list  # the ids behind the images in the chat that was read, for the check
+
+def _text(processor, haystack, turn, prompt=""):
+    "The prompt of a question, with a placeholder for each image."
+    content = [{"type": "image"}]*len(haystack.images) + [{"type": "text", "text": prompt + haystack.questions[turn].text}]
+    return processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
+
+def _tail(processor, text):
+    "Ids of what follows the last image in a prompt."
+    return processor.tokenizer(text.rpartition(processor.image_token)[2], add_special_tokens=False).input_ids
+
+def _inputs(processor, haystack, size):
+    "A whole prompt, with the first question, as tensors. ValueError when the tokenizer joins the question with the images."
+    text = _text(processor, haystack, 0)
+    inputs = dict(processor(text=[text], images=[haystack.image(i, size) for i in range(len(haystack.images))], return_tensors="pt"))
+    tail = _tail(processor, text)
+    if inputs["input_ids"][0, -len(tail):].tolist() != tail: raise ValueError("the tokenizer does not separate the question from the images: they cannot be read apart with this processor")
+    return inputs
 
 def _positions(model, inputs):
     "Positions of a prompt, [3, 1, tokens] as the model's own get_rope_index gives them, or [1, tokens] for a model without."
@@ -172,15 +221,18 @@ def _positions(model, inputs):
     if owner is None: return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
     return owner.get_rope_index(**{k: v for k, v in inputs.items() if k in ("input_ids", "mm_token_type_ids", "image_grid_thw")})[0]
 
-def _plant(model, processor, chat):
-    "Read the images of a chat once -> _Trunk."
-    inputs = processor.apply_chat_template(chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt").to(model.device)
-    ids, positions = inputs["input_ids"], _positions(model, inputs)
-    length = int((ids[0] == processor.image_token_id).nonzero()[-1]) + 1
-    cache = DynamicCache()
-    extra = {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")}
-    model(input_ids=ids[:, :length], position_ids=positions[..., :length], past_key_values=cache, use_cache=True, logits_to_keep=1, **extra)
-    return _Trunk(cache, positions[..., length:length + 1], length, ids[0, length:].tolist())
+def _plant(model, processor, inputs):
+    "Read the images of a prompt once -> _Trunk."
+    inputs = {k: v.to(model.device) for k, v in inputs.items()}
+    image, positions = inputs["input_ids"] == processor.image_token_id, _positions(model, inputs)
+    length, cache = int(image[0].nonzero()[-1]) + 1, DynamicCache()
+    ids = inputs["input_ids"][:, :length]
+    if "features" in inputs:
+        embeds = model.get_input_embeddings()(ids)
+        read = {"inputs_embeds": embeds.masked_scatter(image[:, :length, None], inputs["features"].to(embeds))}
+    else: read = {"input_ids": ids} | {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")}
+    model(**read, position_ids=positions[..., :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return _Trunk(cache, positions[..., length:length + 1], length)
 
 # %% ../nbs/10_evaluate.ipynb #grow
 def _grow(model, trunk, tails, max_new_tokens, ends):
@@ -227,17 +279,13 @@ def ask(
     max_new_tokens: int = 0,  # 0: no generation; else the longest answer in tokens (greedy)
     prompt: str = "",  # text before each question, after the images
     size: int = 56,  # side of drawn scenes in pixels
+    seen: dict | None = None,  # this haystack's part of what `see` made; None: its pictures are read now
 ) -> tuple[torch.Tensor, list[str] | None]:  # [questions, 2] log-probabilities of Yes and No (float32, or float64 for such a model), and the generated answers
     "Ask each question by itself, in a conversation of its own; the images are read once. The same numbers as whole prompts, one by one. Ours."
     tokenizer, yes_no, ends = processor.tokenizer, _answer_ids(processor.tokenizer), _end_ids(model, processor.tokenizer)
     turns = range(len(haystack.questions)) if turns is None else turns
-    chat, tails = messages(haystack, [turns[0]], answers=False, size=size), []
-    for t in turns:
-        chat[0]["content"][-1] = {"type": "text", "text": prompt + haystack.questions[t].text}
-        text = processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-        tails.append(tokenizer(text.rpartition(processor.image_token)[2], add_special_tokens=False).input_ids)
-    trunk = _plant(model, processor, chat)
-    if tails[-1] != trunk.tail: raise ValueError("the tokenizer does not separate the question from the images: they cannot be read apart with this processor")
+    tails = [_tail(processor, _text(processor, haystack, t, prompt)) for t in turns]
+    trunk = _plant(model, processor, _inputs(processor, haystack, size) if seen is None else seen)
     log_p, replies = [], []
     for i in range(0, len(tails), batch):
         scores, ids = _grow(model, trunk, tails[i:i + batch], max_new_tokens, ends)
@@ -246,6 +294,14 @@ def ask(
     return torch.cat(log_p), replies if max_new_tokens else None
 
 # %% ../nbs/10_evaluate.ipynb #fingerprint
+def _digest(named):
+    "Hash of names, shapes and up to 4096 spaced values of each tensor."
+    digest = hashlib.sha256()
+    for name, x in sorted(named):
+        flat = x.detach().flatten()
+        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + flat[::max(1, flat.numel()//4096)].double().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
 def _hash(*parts): return hashlib.sha256("\x1f".join(p if isinstance(p, str) else json.dumps(p, sort_keys=True, default=str) for p in parts).encode()).hexdigest()[:16]
 
 def model_fingerprint(
@@ -254,17 +310,35 @@ def model_fingerprint(
 ) -> str:  # 16 hex digits
     "Hash of configuration, of up to 4096 spaced values of each weight and buffer, and of the processor's template and image settings."
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
-    digest = hashlib.sha256()
-    for name, x in sorted([*model.named_parameters(), *model.named_buffers()]):
-        flat = x.detach().flatten()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + flat[::max(1, flat.numel()//4096)].double().cpu().numpy().tobytes())
-    return _hash(config, digest.hexdigest(), processor.chat_template or "", processor.image_processor.to_dict(), len(processor.tokenizer))
+    return _hash(config, _digest([*model.named_parameters(), *model.named_buffers()]), processor.chat_template or "", processor.image_processor.to_dict(), len(processor.tokenizer))
 
 def haystack_fingerprint(
     haystack: Haystack,  # images and questions
 ) -> str:  # 16 hex digits
     "Hash of the images' names (of the whole scene, where it is drawn) and of the questions."
     return _hash([repr(i) if isinstance(i, Scene) else Path(i).name for i in haystack.images], [repr(q) for q in haystack.questions])
+
+# %% ../nbs/10_evaluate.ipynb #see
+def tower_fingerprint(
+    model,  # a transformers model
+) -> str:  # 16 hex digits
+    "Hash of up to 4096 spaced values of each weight of the vision tower."
+    return _digest(model.get_encoder(modality="image").named_parameters())[:16]
+
+def see(
+    model,  # a transformers model whose image features `laid_nb.train.image_features` can precompute
+    processor,  # its processor
+    haystacks: list,  # with unique ids
+    size: int = 56,  # side of drawn scenes in pixels
+    progress: bool = True,  # show a bar
+) -> dict[str, dict]:  # haystack id -> the prompt's tensors, `features` [merged tokens, hidden] in place of pixels; "tower" -> fingerprint
+    "The pictures of haystacks as the vision tower of `model` sees them, for `evaluate` on every model that has the same tower. Ours."
+    from laid_nb.train import image_features  # here, as the Trainer behind it takes seconds to import
+    seen = {"tower": tower_fingerprint(model)}
+    for h in tqdm(haystacks, desc="see", unit="haystack", disable=not progress):
+        inputs = _inputs(processor, h, size)
+        seen[h.id] = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"features": image_features(model, inputs)}
+    return seen
 
 # %% ../nbs/10_evaluate.ipynb #read
 def read_records(
@@ -284,7 +358,7 @@ def _resume(path, header, marks):
     if not found:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
-    differ = [k for k in header if found.get(k) != header[k]]
+    differ = [k for k in header if found.get(k, "") != header[k]]
     if differ: raise ValueError(f"{path} holds an evaluation with another {', '.join(differ)}: give a new path, or remove the file")
     for r in records:
         if marks.get(r["haystack"]) != r["fingerprint"]: raise ValueError(f"{path} holds haystack {r['haystack']!r}, which is not, or not the same, among the haystacks given: give a new path, or remove the file")
@@ -327,6 +401,9 @@ def evaluate(
     prompt: str = "",  # before each question; VHS_PROMPT for the toolkit's own
     size: int = 56,  # side of drawn scenes in pixels
     progress: bool = True,  # show a bar
+    seen: dict | None = None,  # from `see`, of a model with the same vision tower; None: pictures are read as they come
+    method: str = "",  # how the model is changed or asked, for the file's header
+    asking: Callable | None = None,  # asks the questions of one haystack as `ask` does; None: `ask`
 ) -> list[dict]:  # one record per question, in the order of the haystacks
     "Ask all questions, each by itself, and record the answers. Skips what `path` holds already; ValueError where that is of another model, setting or haystack."
     haystacks = list(haystacks)
@@ -335,7 +412,8 @@ def evaluate(
     for h in haystacks:
         if not h.images or not h.questions: raise ValueError(f"haystack {h.id!r} has {len(h.images)} images and {len(h.questions)} questions: it needs at least one of each")
         if not all(isinstance(q.answer, bool) for q in h.questions): raise ValueError(f"haystack {h.id!r} has a question that is not answered by yes or no")
-    header = dict(laid_evaluation=1, name=name, model=model_fingerprint(model, processor), generate=max_new_tokens if generate else 0, prompt=prompt, image_size=size)
+    if seen and (tower := tower_fingerprint(model)) != seen["tower"]: raise ValueError(f"the pictures were seen by another vision tower ({seen['tower']}) than the model has ({tower}): call `see` with this model")
+    header = dict(laid_evaluation=1, name=name, model=model_fingerprint(model, processor), generate=max_new_tokens if generate else 0, prompt=prompt, image_size=size, method=method)
     records = {(r["haystack"], r["question"]): r for r in (_resume(Path(path), header, marks) if path else [])}
     training = model.training
     model.eval()
@@ -344,7 +422,7 @@ def evaluate(
             for h in haystacks:
                 turns = [t for t in range(len(h.questions)) if (h.id, t) not in records]
                 if not turns: continue
-                log_p, replies = ask(model, processor, h, turns, batch, max_new_tokens if generate else 0, prompt, size)
+                log_p, replies = (asking or ask)(model, processor, h, turns, batch, max_new_tokens if generate else 0, prompt, size, seen and seen[h.id])
                 new = [_record(h, marks[h.id], t, log_p[i], replies and replies[i]) for i, t in enumerate(turns)]
                 if path: _append(Path(path), new)
                 records |= {(h.id, r["question"]): r for r in new}

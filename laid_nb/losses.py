@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_gradient', 'distance', 'laid_loss', 'check_target', 'weighted_power', 'longest_distance', 'resample',
            'fourier_loss', 'distance_weights', 'match_rows', 'match_sample', 'KnownGradients', 'attention_match_loss',
-           'supervised_rows', 'kl_loss', 'check_same_tokens', 'total_loss', 'needle_attention']
+           'unit_rms', 'hidden_loss', 'supervised_rows', 'kl_loss', 'check_same_tokens', 'total_loss',
+           'needle_attention']
 
 # %% ../nbs/04_losses.ipynb #imports
 import math
@@ -277,6 +278,24 @@ def attention_match_loss(
             for i, pair in enumerate(found):
                 if pair is not None: grads[2 * i][b][:, keep], grads[2 * i + 1][b][:, keep] = pair[0] * scalings[i], pair[1]
     return KnownGradients.apply(total, grads, *inputs) / (real.sum() * heads)
+
+# %% ../nbs/04_losses.ipynb #hidden
+def unit_rms(
+    x: torch.Tensor,  # [..., width]
+) -> torch.Tensor:  # the same shape, float32 (float64 for float64 input), mean square 1
+    "Each token of a residual stream over its root mean square."
+    return F.rms_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
+
+
+def hidden_loss(
+    student: torch.Tensor,  # residual stream after a layer [batch, tokens, width], with a gradient
+    target: torch.Tensor,  # P·unit_rms(the teacher's), the same shape
+    mask: torch.Tensor | None,  # [batch, tokens], True or 1 = real; None = all are
+) -> torch.Tensor:  # scalar, float32 (float64 for float64 input): 0 = the same direction, 1 = a target of zeros
+    "Distance of the student's normalised residual stream from its target, mean over real tokens and dimensions (ours). `ValueError` on shapes or a missing gradient."
+    check_gradient(student, "student hidden states")
+    if student.ndim != 3 or student.shape != target.shape: raise ValueError(f"student hidden states {tuple(student.shape)} and target {tuple(target.shape)}: need [batch, tokens, width] twice, the target projected to the student's width")
+    return distance(unit_rms(student)[:, None], target[:, None], real_tokens(mask, student[:, None]), 1.0)
 
 # %% ../nbs/04_losses.ipynb #rows
 def supervised_rows(

@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, L
 
 from laid_nb import __version__, cli
 from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import Counts, evaluate, read_records, wilson
 from laid_nb.haystack import Scene, encode, export_vhs, picture_haystack
@@ -195,6 +196,18 @@ def test_eval_goes_on_where_it_stopped(pair, work):
     np.testing.assert_allclose([r["margin"] for r in records], [r["margin"] for r in full[1]], atol=1e-4)
 
 
+@pytest.mark.parametrize("option, said", [(("--yarn", "2"), "yarn 2"), (("--yarn", "1.5:100"), "yarn 1.5:100"), (("--self-extend", "3:8"), "self_extend 3:8"), (("--log-n", "0.2:20"), "log_n 0.2:20"), (("--sort", "1"), "sort 1")])
+def test_eval_with_a_training_free_baseline(option, said, pair, work, capsys):
+    line = ["eval", pair/"student", "--pictures", "--sizes", "3", "--questions", "2", "--out", "a.jsonl"]
+    ok([*line, *option])
+    assert read_records("a.jsonl")[0]["method"] == said
+    method, _, values = said.partition(" ")
+    model, processor = cli.load_model(str(pair/"student"))
+    direct = evaluate_with(method, tuple((float if "." in v else int)(v) for v in values.split(":")), model, processor, cli.exam([3], 2), progress=False)
+    np.testing.assert_allclose([r["margin"] for r in read_records("a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
+    refused(capsys, work, line, "another", "method")
+
+
 def test_eval_reads_files_as_it_reads_drawings(pair, work):
     stacks = cli.exam([3], 3)
     export_vhs(stacks, work/"vhs")
@@ -364,6 +377,13 @@ def test_layers_of_a_training_that_are_not_there(pair, work, capsys): refused(ca
 def test_result_that_exists(pair, work, capsys):
     (work/"run/model").mkdir(parents=True)
     refused(capsys, work, train_line(pair/"teacher", pair/"student", "--output_dir", "run"), "run/model exists")
+
+
+@pytest.mark.parametrize("options, words", [(("--yarn", "2", "--sort", "1"), ("--sort", "not allowed with", "--yarn")), (("--self-extend", "4"), ("'4'", "GROUP:WINDOW")), (("--self-extend", "4:2.5"), ("'4:2.5'", "GROUP:WINDOW")),
+                                            (("--log-n", "1:2:3"), ("SLOPE:KEYS",)), (("--yarn", ""), ("FACTOR[:POSITIONS]",)), (("--self-extend", "0:5"), ("0 and 5",)), (("--yarn", "0.5"), ("factor 0.5",)), (("--sort", "0"), ("got 0",)),
+                                            (("--log-n", "nan:5"), ("slope nan",))])
+def test_training_free_baselines_that_cannot_be(options, words, pair, work, capsys):
+    refused(capsys, work, ["eval", pair/"student", "--pictures", "--sizes", "2", "--questions", "2", "--out", "a.jsonl", *options], *words)
 
 
 def test_evaluation_of_another_model(pair, work, capsys):

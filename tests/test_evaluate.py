@@ -12,7 +12,7 @@ from transformers import (CLIPImageProcessor, LlavaConfig, LlavaForConditionalGe
 from laid_nb import evaluate as module
 from laid_nb.anchors import CHAT_TEMPLATE, build_processor
 from laid_nb.evaluate import (HALF, Counts, ask, by_depth, by_size, effective_window, evaluate, haystack_fingerprint, mean_relative_gain, model_fingerprint, plot_accuracy, plot_depth, read_records,
-                              vhs_entry, wilson, window_ratio, write_vhs)
+                              see, vhs_entry, wilson, window_ratio, write_vhs)
 from laid_nb.haystack import Haystack, messages, picture_haystack
 
 # ---------------------------------------------------------------- statistics
@@ -98,12 +98,12 @@ MROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
 @pytest.fixture(scope="session")
 def processor(): return build_processor()
 
-def tiny(family, processor, attention="sdpa"):
+def tiny(family, processor, attention="sdpa", seed=0):
     "A random model in float64."
     token = processor.tokenizer.convert_tokens_to_ids
     ids = dict(image_token_id=token("<|image_pad|>"), video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"), vision_end_token_id=token("<|vision_end|>"))
     text = dict(TEXT, vocab_size=len(processor.tokenizer), rope_parameters=MROPE, eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     if family.startswith("qwen2_5"):
         if family.endswith("sliding"): text |= dict(use_sliding_window=True, sliding_window=16, max_window_layers=1)
         model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=32, fullatt_block_indexes=[0]), **ids))
@@ -175,6 +175,21 @@ def test_generation_stops_at_the_end_token(model, processor):
 def test_float32_scores_and_no_gradient(processor):
     log_p, replies = ask(tiny("qwen2_5", processor).to(torch.bfloat16), processor, STACK)
     assert log_p.dtype == torch.float32 and log_p.shape == (5, 2) and not log_p.requires_grad and replies is None
+
+# ---------------------------------------------------------------- pictures seen before
+
+def test_seen_pictures_give_the_same_records_without_the_tower(model, processor, monkeypatch):
+    stacks = [picture_haystack(s, n, 4) for s, n in ((0, 1), (1, 6))]
+    expected, seen = evaluate(model, processor, stacks, progress=False), see(model, processor, stacks, progress=False)
+    monkeypatch.setattr(type(model), "get_image_features", lambda *a, **k: pytest.fail("the vision tower was used"))
+    monkeypatch.setattr(type(stacks[0]), "image", lambda *a: pytest.fail("a picture was drawn"))
+    got = evaluate(model, processor, stacks, progress=False, seen=seen)
+    assert [r["correct"] for r in got] == [r["correct"] for r in expected]
+    torch.testing.assert_close(torch.tensor([r["margin"] for r in got]), torch.tensor([r["margin"] for r in expected]), atol=1e-10, rtol=0)
+
+def test_pictures_of_another_tower_are_refused(model, processor):
+    seen = see(model, processor, [STACK], progress=False)
+    with pytest.raises(ValueError, match="another vision tower"): evaluate(tiny("qwen2_5", processor, seed=1), processor, [STACK], progress=False, seen=seen)
 
 # ---------------------------------------------------------------- records
 

@@ -2,15 +2,17 @@
 import itertools
 import json
 import os
+import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from laid_nb.haystack import (KINDS, OBJECTS, SPLITS, Haystack, Question, Scene, _multi, _single, encode, export_vhs, haystack_dataset,
-                              messages, picture_haystack, read_vhs, render, row_haystack, vhs_name)
+from laid_nb.haystack import (KINDS, OBJECTS, SPLITS, Haystack, PicturePool, Question, Scene, _multi, _single, encode, export_vhs, haystack_dataset,
+                              messages, picture_haystack, read_vhs, render, row_haystack, unlabelled, vhs_name)
 
 ENTRY = {"conversations": [{"from": "human", "value": "For the image with a dog, is there an umbrella?"}, {"from": "gpt", "value": "yes"}],
          "pos_image": ["val2017/a.jpg"], "neg_image": ["val2017/b.jpg", "test2017/c.jpg"]}
@@ -330,3 +332,65 @@ def test_a_template_that_rewrites_turns_is_refused(processor):
 def test_no_such_question(processor):
     with refused(ValueError, "empty"): messages(picture_haystack(0, 2), [])
     with refused(ValueError, "no question 12"): messages(picture_haystack(0, 2), [0, 12])
+
+
+# --- without labels -----------------------------------------------------------
+def test_unlabelled_keeps_all_but_the_answer():
+    h = picture_haystack(3, 5, kind="multi")
+    bare, = unlabelled([h])
+    assert (bare.images, bare.id) == (h.images, h.id)
+    assert [(q.text, q.needles, q.answer) for q in bare.questions] == [(q.text, q.needles, None) for q in h.questions]
+    assert row_haystack(haystack_dataset([bare])[0]) == bare
+
+
+def test_the_reply_of_nobody_is_a_fair_coin_that_does_not_change():
+    asks = [Question(a, t, "single", None, (i,)) for a in OBJECTS[:10] for t in OBJECTS[10:30] for i in range(5)]
+    yes = sum(q.reply == "Yes" for q in asks)
+    assert abs(yes/len(asks) - .5) < 4*.5/len(asks)**.5
+    done = subprocess.run([sys.executable, "-c", "from laid_nb.haystack import Question; print(*(Question('dog', 'cup', 'single', None, (i,)).reply for i in range(20)))"],
+                          capture_output=True, text=True, env=os.environ | {"PYTHONHASHSEED": "7"})
+    assert done.stdout.split() == [Question("dog", "cup", "single", None, (i,)).reply for i in range(20)], done.stderr
+
+
+def test_what_nobody_answered_is_not_scored_or_exported(tmp_path):
+    bare = unlabelled([picture_haystack(0, 3)])
+    with pytest.raises(ValueError, match="not answered by yes or no"): export_vhs(bare, tmp_path/"out")
+    with pytest.raises(ValueError, match="cannot stay unlabelled"): Question("dog", "", "list", None, (0,))
+
+
+@pytest.mark.parametrize("kind", ["single", "multi"])
+def test_recomposed_haystacks_keep_question_and_needle(kind):
+    sources = [picture_haystack(i, 3 + i % 8, kind=kind) for i in range(40)]
+    shows, targets, pool = {}, {}, PicturePool(sources)
+    for h in sources:
+        for q in h.questions:
+            key = q.anchor, q.kind, frozenset(h.images[n] for n in q.needles)
+            targets.setdefault(key, set()).add(q.target)
+            for n in q.needles: shows.setdefault(h.images[n], set()).add(q.anchor)
+    kept = []
+    for i in range(100):
+        h = pool.haystack(3 + i % 8, 6, random.Random(i))
+        assert len(set(h.images)) == len(h.images) == 3 + i % 8 and len(h.questions) == 6
+        for q in h.questions:
+            needles = frozenset(h.images[n] for n in q.needles)
+            kept.append(q.target in targets[q.anchor, q.kind, needles])  # KeyError: not a question of the pool
+            assert q.answer is None and q.target != q.anchor and not any(q.anchor in shows.get(image, ()) for image in h.images if image not in needles)
+    assert 0 < sum(kept) < len(kept)
+
+
+def test_a_pool_too_small_to_choose_still_serves():
+    h = picture_haystack(0, 4, 12)
+    made = PicturePool([h]).haystack(4, 12, random.Random(0))
+    assert set(made.images) == set(h.images) and len(made.questions) == 12
+    twice = [Haystack((image,), (Question("dog", target, "single", True, (0,)),)) for image, target in zip(h.images, ("cup", "fork"))]
+    assert {q.anchor for q in PicturePool(twice).haystack(2, 3, random.Random(0)).questions} == {"dog"}  # both show a dog: no other choice
+    with pytest.raises(ValueError, match="no 5"): PicturePool([h]).haystack(5, 1, random.Random(0))
+    with pytest.raises(ValueError, match="asked about by yes or no"): PicturePool([replace(h, questions=(Question("dog", "", "list", "cup", (0,)),))])
+
+
+def test_a_file_s_wording_stays_with_its_target():
+    image = picture_haystack(0, 2).images
+    asks = tuple(Question(a, t, "single", True, (i,), f"{a} {t}!") for i, (a, t) in enumerate((("dog", "cup"), ("cat", "fork"))))
+    pool = PicturePool([Haystack(image, asks)])
+    made = [q for i in range(20) for q in pool.haystack(2, 4, random.Random(i)).questions]
+    assert {q.text for q in made} == {"dog cup!", "cat fork!", "For the image with the dog, is there a fork?", "For the image with the cat, is there a cup?"}

@@ -12,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from laid_nb.capture import capture
-from laid_nb.losses import (attention_match_loss, check_same_tokens, fourier_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss,
-                            weighted_power)
+from laid_nb.losses import (attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss,
+                            unit_rms, weighted_power)
 from laid_nb.mixing import repeat_kv
 from laid_nb.rope import rope_spec
 from laid_nb.window import multiplicity_bias
@@ -518,3 +518,31 @@ def test_bias_factors_are_extra_dimensions_and_the_window_s_matrix():
 ])
 def test_attention_match_refuses(change, message):
     with pytest.raises(ValueError, match=message): attention_match_loss(**{**dict(zip(("student_q", "student_k", "target_q", "target_k"), pair())), "mask": padded(), **change})
+
+
+# --- hidden states ------------------------------------------------------------
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-10), (torch.float32, 1e-5), (torch.bfloat16, 1e-5)])
+def test_hidden_is_the_mean_over_real_tokens(dtype, tolerance):
+    student, teacher, P, mask = normal(3, 6, 4).to(dtype).requires_grad_(), normal(3, 6, 5, seed=1).to(dtype), normal(4, 5, seed=2), heads()[4].bool()
+    target = unit_rms(teacher).double() @ P.T
+    h, t = student.detach().double(), teacher.double()
+    expected = (h/h.square().mean(-1, keepdim=True).sqrt() - t/t.square().mean(-1, keepdim=True).sqrt() @ P.T)[mask].square().mean()
+    loss = hidden_loss(student, target.to(unit_rms(student).dtype), mask)
+    assert loss.dtype == torch.promote_types(dtype, torch.float32) and loss.item() == pytest.approx(expected.item(), rel=tolerance)
+    loss.backward()
+    assert (student.grad[~mask] == 0).all() and (student.grad[mask] != 0).any()
+
+
+def test_hidden_gradient_and_that_shrinking_gains_nothing():
+    student, teacher, P, mask = normal(3, 6, 4).requires_grad_(), normal(3, 6, 5, seed=1), normal(4, 5, seed=2).requires_grad_(), heads()[4]
+    assert gradcheck(lambda h, P: hidden_loss(h, unit_rms(teacher) @ P.T, mask), (student, P))
+    grad, = torch.autograd.grad(hidden_loss(student, (unit_rms(teacher) @ P.T).detach(), mask), student)
+    assert (grad*student).sum(-1).abs().max() < 1e-9  # along the stream itself there is no slope
+    assert hidden_loss(1e-3*student, 0*student.detach(), mask).item() == pytest.approx(1, rel=1e-6)
+
+
+def test_hidden_refuses_what_does_not_fit():
+    student, mask = normal(3, 6, 4).requires_grad_(), heads()[4]
+    with pytest.raises(ValueError, match=r"target \(3, 6, 5\)"): hidden_loss(student, normal(3, 6, 5), mask)
+    with pytest.raises(ValueError, match="student hidden states .* carry no gradient"): hidden_loss(student.detach(), normal(3, 6, 4), mask)
+    with pytest.raises(ValueError, match="token mask has shape"): hidden_loss(student, normal(3, 6, 4), mask[:, :5])

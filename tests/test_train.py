@@ -2,20 +2,23 @@
 import copy
 import json
 import math
+import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
-from laid_nb.haystack import picture_haystack
+from laid_nb.haystack import PicturePool, picture_haystack, unlabelled
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.rope import rope_spec
-from laid_nb.train import (HaystackCollator, LaidConfig, LaidTrainer, SizeSampler, image_inputs, needle_pair, needle_scores, precompute,
+from laid_nb.train import (OURS, HaystackCollator, LaidConfig, LaidTrainer, Recomposed, SeenEncoder, SizeSampler, add_lora, image_inputs, lora_state, merged, needle_pair, needle_scores, precompute,
                            read_groups, read_positions, step_generator)
 
 
@@ -115,7 +118,7 @@ def direct_terms(student, teacher, batch, mix, temperature=2.):
     for role, model in (("student", student), ("teacher", teacher)):
         attention = model.model.language_model.layers[-1].self_attn
         hooks = [getattr(attention, f"{x}_proj").register_forward_hook(lambda m, i, o, key=(role, x): seen.__setitem__(key, o.unflatten(-1, (-1, 32)).transpose(1, 2))) for x in "qk"]
-        logits[role] = model(**{k: v for k, v in batch.items() if k not in ("labels", "turn", "needles")}).logits
+        logits[role] = model(**{k: v for k, v in batch.items() if k not in OURS}).logits
         for h in hooks: h.remove()
     sft, kl, n = 0., 0., 0
     for b, row in enumerate(batch["labels"]):
@@ -181,7 +184,7 @@ def test_sft_is_the_models_own_loss(trainer, processor, haystacks, tiny):
     student, batch = tiny("student"), HaystackCollator(processor)(haystacks[:2])
     made = trainer(student, data=haystacks, method="sft")
     with made.captured(): loss = made.compute_loss(student, batch)
-    own = student(**{k: v for k, v in batch.items() if k not in ("turn", "needles")}).loss
+    own = student(**{k: v for k, v in batch.items() if k in ("labels", *image_inputs(student, batch, "student"))}).loss
     torch.testing.assert_close(loss, own)
 
 
@@ -238,6 +241,21 @@ def test_a_generator_depends_on_its_place_only():
     draw = lambda *p: torch.rand(1, generator=step_generator(*p)).item()
     assert draw(3, 1, 4, 1) == draw(3, 1, 4, 1)
     assert len({draw(s, t, m, r) for s in (0, 1) for t in (0, 1) for m in (0, 1) for r in (0, 1)}) == 16
+
+
+def test_the_teachers_share_comes_from_one_method(trainer):
+    "What `read_teacher` gives is all that is used of the teacher: handed back, it stands in for the forward pass."
+    runs, share = [trainer(method="laid+", max_gap=100, max_multiplicity=4, max_steps=3) for _ in range(2)], {}
+    first, second = runs
+    def keep(*args): share[first.place] = type(first).read_teacher(first, *args); return share[first.place]
+    first.read_teacher = keep
+    def hand_back(*args): return share[second.place]
+    second.read_teacher = hand_back
+    for made in runs: made.start_mixing()
+    second.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
+    for made in runs: super(LaidTrainer, made).train()
+    assert len(share) == 3 and same(first.model, second.model) and same(first.mixing, second.mixing)
+    assert {name: tuple(x.shape) for name, x in share[0, 0].items() if name != "logits"}.keys() == {"q.2", "k.2", "scaling.2"}
 
 
 def test_what_moves_and_what_does_not(trainer, tiny):
@@ -358,6 +376,223 @@ def test_another_family(trainer, haystacks, tiny):
     made = trainer(tiny("student", Qwen2VLForConditionalGeneration), tiny("teacher", Qwen2VLForConditionalGeneration), haystacks, max_gap=100, max_multiplicity=4)
     made.train()
     assert all(math.isfinite(x) for x in logged(made, "loss_laid"))
+
+
+# --- labels -------------------------------------------------------------------
+def test_rows_without_labels_carry_the_kl_term_alone(trainer, processor, haystacks, tiny):
+    h = haystacks[0]
+    half = replace(h, questions=(h.questions[0], *unlabelled([h])[0].questions[1:]))
+    made = trainer(method="kd", data=[half], per_device_train_batch_size=1, max_steps=1, optim="sgd")
+    made.train()
+    batch, student, teacher = HaystackCollator(processor)([half]), tiny("student"), tiny("teacher")
+    s, t = (m(**image_inputs(m, batch, "student")).logits[0].log_softmax(-1) for m in (student, teacher))
+    replies = batch["replies"][0].nonzero()[:, 0].tolist()
+    known = [i for i in replies if batch["labels"][0, i] != -100]
+    assert (len(known), len(replies)) == (2, 6)
+    assert logged(made, "loss_sft") == [pytest.approx(-sum(s[i - 1, batch["input_ids"][0, i]] for i in known).item()/6, rel=1e-4)]
+    soft = [[x[i - 1].div(2).log_softmax(-1) for i in replies] for x in (s, t)]
+    assert logged(made, "loss_kl") == [pytest.approx(4*sum((b.exp()*(b - a)).sum() for a, b in zip(*soft)).item()/6, rel=1e-3)]
+
+
+def test_a_coins_reply_has_no_gradient_of_its_own(trainer, haystacks):
+    "Whatever the coins say, a student whose teacher terms weigh next to nothing does not move."
+    nobody = unlabelled(haystacks)
+    made = trainer(method="laid", data=nobody, max_steps=2, lambda_kl=0., lambda_laid=0., lambda_attention=1e-30, optim="sgd", learning_rate=1.)
+    before = copy.deepcopy(made.model)
+    made.train()
+    assert logged(made, "loss_sft") == [0, 0]
+    for x, y in zip(before.parameters(), made.model.parameters()): torch.testing.assert_close(x, y, rtol=0, atol=1e-20)
+
+
+def test_unlabelled_questions_are_refused_where_only_labels_count(trainer, haystacks, pool, processor):
+    for data in (unlabelled(haystacks), pool[:3] + [SeenEncoder(pool, HaystackCollator(processor))(h) for h in unlabelled(haystacks[3:4])]):
+        for settings in (dict(method="sft"), dict(method="kd", lambda_kl=0.)):
+            with pytest.raises(ValueError, match="nobody has answered"): trainer(data=data, **settings)
+    trainer(data=unlabelled(haystacks), method="kd")
+
+
+def test_recompose_is_refused():
+    for settings, words in ((dict(method="sft", recompose=.5), "recomposed samples have no label"), (dict(method="kd", recompose=1.5), "recompose is 1.5"),
+                            (dict(method="kd", recompose=.5, dataloader_num_workers=1, dataloader_persistent_workers=True), "persistent workers")):
+        with pytest.raises(ValueError, match=words): LaidConfig(use_cpu=True, **settings)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
+    collate = HaystackCollator(processor, turns=2)
+    made = PicturePool(haystacks).haystack(4, 3, random.Random(0)) if not known else replace(haystacks[5], images=haystacks[5].images[::-1] + haystacks[0].images)
+    slow, = precompute([made], collate, tiny("student"), tiny("teacher"), progress=False)
+    fast = SeenEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
+    assert fast.keys() == slow.keys() and (fast["needles"], fast["haystack"]) == (slow["needles"], slow["haystack"]) and len(fast["needles"]) == 2
+    for name in slow.keys() - {"needles", "haystack"}:
+        assert fast[name].dtype == slow[name].dtype
+        torch.testing.assert_close(fast[name], slow[name], **{} if "features" in name else dict(rtol=0, atol=0))
+
+
+def test_seen_encoder_neither_draws_nor_renders_nor_tokenises_again(processor, haystacks, pool, monkeypatch):
+    encode_seen, calls = SeenEncoder(pool, HaystackCollator(processor)), []
+    encode_seen(haystacks[0])
+    for owner, name in ((type(processor), "__call__"), (type(processor), "apply_chat_template"), (type(processor.tokenizer), "__call__"), (type(haystacks[0]), "image")):
+        monkeypatch.setattr(owner, name, lambda *a, name=name, **k: calls.append(name))
+    again = encode_seen(haystacks[0])
+    assert not calls and torch.equal(again["input_ids"], pool[0]["input_ids"])
+
+
+def test_a_template_that_counts_pictures_is_refused(processor, haystacks, tiny):
+    counting = copy.deepcopy(processor)
+    counting.chat_template = counting.chat_template.replace("<|vision_start|>", "dog{{ loop.index0 }}<|vision_start|>")
+    assert counting.chat_template != processor.chat_template
+    collate = HaystackCollator(counting)
+    with pytest.raises(ValueError, match="cannot be put together from pieces"): SeenEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
+
+
+@pytest.mark.parametrize("data", ["pixels", "features"])
+def test_recomposed_samples_depend_on_seed_epoch_and_index_alone(processor, haystacks, pool, data):
+    source, collate = haystacks if data == "pixels" else pool, HaystackCollator(processor)
+    stack = lambda s: s["haystack"] if isinstance(s, dict) else s
+    read = lambda seed, epoch, order: {i: stack(made[i]) for made in [Recomposed(source, .5, collate, seed, lambda: epoch)] for i in order}
+    first, n = read(0, 0, range(12)), len(source)
+    assert first == read(0, 0, reversed(range(12))) and first != read(0, 1, range(12)) and first != read(1, 0, range(12))
+    fresh = [i for i in range(n) if first[i] != haystacks[i]]
+    assert 0 < len(fresh) < n and all([len(first[i].images), len(first[i].questions)] == [len(haystacks[i].images), 3] for i in range(n))
+    assert all(q.answer is None for i in fresh for q in first[i].questions)
+
+
+@pytest.mark.parametrize("data", [None, "pixels"])
+def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch, data):
+    from laid_nb import train
+    epochs, read = set(), Recomposed.__getitem__
+    monkeypatch.setattr(train.Recomposed, "__getitem__", lambda self, i: epochs.add(self.epoch()) or read(self, i))
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", recompose=.5, data=data)  # 6 steps an epoch
+    whole = trainer(folder=tmp_path/"whole", **settings)
+    whole.train()
+    assert epochs == {0, 1}
+    for step in (4, 6, 8):
+        again = trainer(folder=tmp_path/f"again-{step}", **settings)
+        again.train(resume_from_checkpoint=str(tmp_path/f"whole/checkpoint-{step}"))
+        assert same(whole.model, again.model)
+
+
+# --- the residual stream ------------------------------------------------------
+def test_hidden_term_is_that_of_its_formula(trainer, processor, haystacks, tiny):
+    made = trainer(lambda_hidden=.5, data=haystacks[:2], max_steps=1, optim="sgd", init_haystacks=2)
+    made.start_mixing()
+    P = made.projections["1-2"].weight.detach().double().clone()
+    super(LaidTrainer, made).train()
+    batch, streams = HaystackCollator(processor)(haystacks[:2]), []
+    for role in ("student", "teacher"):
+        model, held = tiny(role), []
+        model.model.language_model.norm.register_forward_pre_hook(lambda m, a: held.append(a[0].detach().double()))  # what the last layer hands to the final norm
+        model(**image_inputs(model, batch, role))
+        streams.append(held[0]/held[0].square().mean(-1, keepdim=True).sqrt())
+    real = batch["attention_mask"].bool()
+    expected = (streams[0] - streams[1] @ P.T)[real].square().mean().item()
+    assert logged(made, "loss_hidden") == [pytest.approx(expected, rel=1e-4)]
+    best = (streams[0] - streams[1] @ torch.linalg.lstsq(streams[1][real], streams[0][real]).solution)[real].square().mean().item()
+    assert best <= expected < 1.3*best  # damping costs little
+
+
+def test_hidden_term_trains_layers_up_to_the_pair_and_its_projection(trainer, tiny):
+    made = trainer(lambda_hidden=1., layers="0:1", alpha=1., lambda_kl=0., lambda_laid=0., mixing_init="uniform")
+    made.train()
+    start, after = tiny("student").state_dict(), made.model.state_dict()
+    moved = {name for name in start if not torch.equal(start[name], after[name])}
+    assert any("layers.0.mlp" in name for name in moved) and not any("layers.1." in name or "norm.weight" == name[-11:] and "layers" not in name or "lm_head" in name for name in moved)
+    assert made.optimizer.param_groups[2]["initial_lr"] == 1e-2 and any(p is made.projections["0-1"].weight for p in made.optimizer.param_groups[2]["params"])
+
+
+def test_hidden_term_under_gradient_checkpointing(trainer):
+    settings = dict(lambda_hidden=.5, layers="0:1,1:2", optim="sgd", learning_rate=.1, max_steps=1)
+    whole, checkpointed = (trainer(**settings, **more) for more in ({}, {"gradient_checkpointing": True}))
+    for r in (whole, checkpointed): r.train()
+    for part in ("model", "projections"):
+        for x, y in zip(getattr(whole, part).parameters(), getattr(checkpointed, part).parameters()): torch.testing.assert_close(x, y)
+
+
+def test_hidden_term_resumes_bit_for_bit_or_is_refused(trainer, tmp_path):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, lambda_hidden=.5, layers="0:1,1:2")
+    whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+    assert same(whole.model, again.model) and same(whole.projections, again.projections) and logged(whole, "loss") == logged(again, "loss")
+    trainer(folder=tmp_path/"plain", **settings | dict(lambda_hidden=None)).train()
+    with pytest.raises(FileNotFoundError, match="compared no hidden states"): trainer(folder=tmp_path/"x", **settings).train(resume_from_checkpoint=str(tmp_path/"plain/checkpoint-2"))
+    with pytest.raises(ValueError, match="go on with its lambda_hidden"): trainer(folder=tmp_path/"x", **settings | dict(lambda_hidden=None)).train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+
+
+def test_hidden_term_is_off_by_default_and_needs_aligned_layers():
+    assert all("hidden" not in LaidConfig(use_cpu=True, method=m).weights for m in ("sft", "kd", "laid", "laid+")) and LaidConfig(use_cpu=True, method="laid+", lambda_hidden=.1).weights["hidden"] == .1
+    with pytest.raises(ValueError, match="'kd' has no term 'hidden'"): LaidConfig(use_cpu=True, method="kd", lambda_hidden=.1)
+
+
+# --- LoRA ---------------------------------------------------------------------
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+@pytest.mark.parametrize("method", ["sft", "kd", "laid"])
+def test_lora_changes_the_text_layers_alone_and_by_its_rank(trainer, tiny, method):
+    made = trainer(method=method, lora_rank=2, learning_rate=1e-2, max_steps=3)
+    linear = [m for m in made.model.model.language_model.modules() if isinstance(m, LoraLayer)]
+    assert sum(p.numel() for g in made.create_optimizer().param_groups[:2] for p in g["params"]) == sum(2*(m.in_features + m.out_features) for m in linear) and len(linear) == 2*7
+    made.train()
+    before, after = tiny("student").state_dict(), made.model.state_dict()
+    assert before.keys() == after.keys() and type(made.model) is Qwen2_5_VLForConditionalGeneration
+    for name, weight in after.items():
+        adapted = name.endswith("weight") and name.split(".")[-2] in LINEAR and "language_model" in name
+        assert torch.equal(weight, before[name]) != adapted, name
+        if adapted: assert torch.linalg.matrix_rank(weight - before[name], atol=1e-5) <= 2
+
+
+def test_lora_is_what_its_formula_says(tiny):
+    model = tiny("student").double()
+    adapters = add_lora(model, 3)
+    for layer in adapters.values(): layer.lora_B["default"].weight.data.normal_()
+    name, layer = next(iter(adapters.items()))
+    x, W, A, B = torch.randn(5, 64).double(), layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    torch.testing.assert_close(layer(x), x @ (W + 2*B @ A).T + layer.base_layer.bias)
+    with merged(model, adapters): torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x)); assert type(model.get_submodule(name)) is torch.nn.Linear
+    assert model.get_submodule(name) is layer
+
+
+def test_lora_of_a_bf16_student_learns_in_float32(trainer, tiny):
+    made = trainer(tiny("student").bfloat16(), tiny("teacher").bfloat16(), method="kd", lora_rank=2)
+    assert {p.dtype for p in lora_state(made.model).values()} == {torch.float32}
+    made.train()
+    assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("method", ["sft", "laid"])
+def test_lora_resumes_bit_for_bit(trainer, tmp_path, method):
+    settings = dict(max_steps=4, save_strategy="steps", save_steps=2, method=method, lora_rank=2, max_gap=100, learning_rate=1e-2)
+    whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
+    whole.train()
+    again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+    assert same(whole.model, again.model) and logged(whole, "loss") == logged(again, "loss")
+    saved = type(whole.model).from_pretrained(tmp_path/"whole/checkpoint-4")
+    for x, y in zip(saved.parameters(), whole.model.parameters()): torch.testing.assert_close(x, y)
+    assert all(p.requires_grad for n, p in whole.model.named_parameters() if "visual" not in n)
+
+
+def test_lora_resume_is_refused(trainer, tiny, tmp_path):
+    settings = dict(method="sft", save_strategy="steps", save_steps=1)
+    trainer(folder=tmp_path/"lora", lora_rank=2, **settings).train()
+    trainer(folder=tmp_path/"plain", **settings).train()
+    resume = lambda where, **more: trainer(folder=tmp_path/"x", **settings, **more).train(resume_from_checkpoint=str(tmp_path/where/"checkpoint-1"))
+    with pytest.raises(ValueError, match="trained with LoRA adapters"): resume("lora")
+    with pytest.raises(FileNotFoundError, match="trained no LoRA adapters"): resume("plain", lora_rank=2)
+    with pytest.raises(ValueError, match="another rank"): resume("lora", lora_rank=3)
+    other = tiny("student")
+    other.lm_head.weight.data += .01
+    with pytest.raises(ValueError, match="trained from another student"): resume("lora", lora_rank=2, student=other)
+
+
+def test_lora_is_refused(trainer):
+    with pytest.raises(ValueError, match="would not reach the adapters"): LaidConfig(use_cpu=True, method="laid+", lora_rank=8)
+    with pytest.raises(ValueError, match="leave train_vision off"): LaidConfig(use_cpu=True, method="kd", lora_rank=8, train_vision=True)
+    with pytest.raises(ValueError, match="lora_rank is -1"): LaidConfig(use_cpu=True, lora_rank=-1)
+    with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
+    made = trainer(method="sft", lora_rank=2)
+    made.train()
+    with pytest.raises(RuntimeError, match="merged into its student"): made.train()
 
 
 # --- layers -------------------------------------------------------------------
@@ -526,7 +761,7 @@ def test_layers_that_are_not_there(trainer, layers, words):
 
 
 def test_no_supervised_token(trainer, pool):
-    with pytest.raises(ValueError, match="supervise no token"): trainer(data=[s | {"labels": torch.full_like(s["labels"], -100)} for s in pool[:2]], method="kd").train()
+    with pytest.raises(ValueError, match="supervise no token"): trainer(data=[s | {"replies": torch.zeros_like(s["replies"])} for s in pool[:2]], method="kd").train()
 
 
 @pytest.mark.parametrize("who, method, term", [("student", "sft", "sft"), ("teacher", "kd", "kl")])
