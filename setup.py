@@ -48,7 +48,7 @@ setup(
     packages=find_packages(include=[cfg["lib_path"], cfg["lib_path"] + ".*"]),
     python_requires=f">={cfg['min_python']},<{cfg['max_python']}",
     install_requires=cfg["requirements"].split(),
-    extras_require={"dev": cfg["dev_requirements"].split(), "smollm": cfg["smollm_requirements"].split()},
+    extras_require={x: cfg[f"{x}_requirements"].split() for x in ("dev", "inspect", "smollm")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
                   "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     cmdclass={"build_py": BuildWithData},
