@@ -693,8 +693,11 @@ class LaidTrainer(Trainer):
         if args.lora_rank:
             self.trainable = [p for p in model.parameters() if p.requires_grad]
             self.adapters = add_lora(model, args.lora_rank, args.seed)
+        own = dict(vars(model.config))
         super().__init__(model, args, train_dataset=train_dataset, processing_class=processing_class,
                          **{"data_collator": collator} | kwargs)
+        vars(model.config).pop("use_cache", None)  # Trainer writes False, and the saved student would generate without a cache; training passes say use_cache=False themselves
+        if "use_cache" in own: model.config.use_cache = own["use_cache"]
         self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
 
     def _get_train_sampler(self, train_dataset=None):

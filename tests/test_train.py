@@ -663,6 +663,8 @@ print(model.config._attn_implementation, out.double().sum().item())"""
     assert done.returncode == 0, done.stderr
     with torch.no_grad(): own = made.model.eval()(**made.processing_class(text="For the dog", return_tensors="pt")).logits.double().sum().item()
     assert done.stdout.split()[0] == "sdpa" and float(done.stdout.split()[1]) == pytest.approx(own, rel=1e-5)
+    config = json.loads((tmp_path/"result/config.json").read_text())
+    assert config.get("use_cache", True) and config["text_config"]["use_cache"]  # Trainer turns it off for itself
     assert (tmp_path/"result/mixing.safetensors").is_file() and "laid" not in (tmp_path/"result/config.json").read_text()
 
 
