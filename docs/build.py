@@ -1,0 +1,386 @@
+"""The documentation site. `python docs/build.py`: notebooks and the pages of docs/ -> _docs_src/ -> site/, checked. No network, nothing is run.
+
+Also a hook of mkdocs: a notebook's HTML gets the theme's own markup instead of JupyterLab's style sheets."""
+import argparse, ast, base64, configparser, html, importlib, io, json, logging, os, re, shutil, sys, time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES, SITE = ROOT/"_docs_src", ROOT/"site"
+sys.path[:0] = [str(ROOT/"docs"), str(ROOT)]
+
+import reference
+from check import check
+from mkdocs_jupyter.utils import slugify
+
+SETTINGS = configparser.ConfigParser(interpolation=None)
+SETTINGS.read(ROOT/"settings.ini")
+SETTINGS = SETTINGS["DEFAULT"]
+REPOSITORY = f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}"
+BASE = SETTINGS["doc_baseurl"].rstrip("/") + "/"
+SECTIONS = {"Understand": (0, 5), "Use": (6, 99)}    # numbers of the notebooks
+PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
+
+class Refused(Exception):
+    "What the reader would miss, with the place to mend it."
+
+# --- what there is ------------------------------------------------------------
+def joined(text): return text if isinstance(text, str) else "".join(text)
+
+def read(path): return json.loads(Path(path).read_text(encoding="utf-8"))
+
+def once(
+    anchor: str,
+    seen: dict,  # anchor -> how often so far
+) -> str:  # its own, where the same heading comes again
+    seen[anchor] = seen.get(anchor, -1) + 1
+    return f"{anchor}-{seen[anchor]}" if seen[anchor] else anchor
+
+def headings(
+    nb: dict,  # a notebook
+):  # yields (cell, heading above it or in it, its anchor), code cells too
+    title, anchor, seen = "", "", {}
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "markdown":
+            for found in re.finditer(r"^#{1,6} (.+)$", re.sub(r"```.*?```", "", joined(cell["source"]), flags=re.S), re.M):
+                title, anchor = found[1].strip(), once(slugify(re.sub(r"[`*]", "", found[1])), seen)
+        yield cell, title, anchor
+
+def defined(
+    source: str,  # of a code cell
+) -> list[str]:  # names that it defines at its top level
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): names.append(node.name)
+        elif isinstance(node, ast.Assign): names += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): names.append(node.target.id)
+    return names
+
+def directive(source, name):
+    found = re.search(rf"^#\|\s*{name}(?::[ \t]*|[ \t]+|$)(.*)$", source, re.M)
+    return None if found is None else found[1].strip()
+
+def module_of(nb):  # name of the module that a notebook exports, or None
+    return next((m for c in nb["cells"] if c["cell_type"] == "code" and (m := directive(joined(c["source"]), "default_exp"))), None)
+
+class Names:
+    "Public names of laid_nb: where the API page and the notebook's section are."
+    def __init__(self, notebooks):
+        self.modules, self.where, self.pages = {}, {}, {}
+        for path, nb in notebooks.items():
+            name = module_of(nb)
+            if name is None: continue
+            module, page = importlib.import_module(f"laid_nb.{name}"), path.with_suffix(".html").as_posix()
+            self.modules[name], self.pages[name], self.where[name] = module, page, {}
+            for cell, title, anchor in headings(nb):
+                source = joined(cell["source"])
+                if cell["cell_type"] == "code" and directive(source, "export") is not None:
+                    for n in defined(source): self.where[name].setdefault(n, (f"{page}#{anchor}", re.sub(r"`", "", title)))
+            missing = [n for n in module.__all__ if n not in self.where[name]]
+            if missing: raise Refused(f"laid_nb.{name} has {missing[0]}, which no exported cell of {path} defines: make export")
+        self.known = {}
+        for name, module in self.modules.items():
+            for n in module.__all__: self.known.setdefault(n, []).append(name)
+
+    def page(self,
+        name: str,  # as written in a text
+        module: str | None,  # of the notebook where it stands
+    ) -> str | None:  # the API page and anchor; None where another thing may be meant
+        homes = self.known.get(name, [])
+        if module in homes: return f"api/{module}.html#{name}"
+        return f"api/{homes[0]}.html#{name}" if len(homes) == 1 and re.search(r"_|[a-z][A-Z]|^[A-Z][a-z]", name) else None
+
+# --- links and pictures -------------------------------------------------------
+TEXT = re.compile(r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$)|(`[^`\n]+`|\$[^$\n]+\$)|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([\w./#:%?=&~@+,-]+)\)|(<(?:img|a)\b[^>]*?\b(?:src|href)=\")([^\"]+)(\")", re.S)
+
+class Links:
+    "Rewrites what a text of one source file points to, for its place on the site."
+    def __init__(self,
+        source: Path,  # the file, relative to the repository
+        page: Path,  # its page, relative to the site
+        pages: dict,  # file of the repository -> page
+        names: Names | None = None,
+        module: str | None = None,  # of the notebook
+        copied: Path | None = None,  # where pictures of the repository are put; None: _docs_src
+        pages_as: str = ".html",  # suffix of links to pages; ".md" is checked by mkdocs
+    ):
+        self.source, self.page, self.pages, self.names, self.module, self.copied = source, page, pages, names, module, copied or SOURCES
+
+    def relative(self, target): return os.path.relpath(target, self.page.parent).replace(os.sep, "/")
+
+    def target(self, link, picture=False):
+        if re.match(r"[a-z]+:|#|//", link): return link
+        path, _, fragment = link.partition("#")
+        file = Path(os.path.normpath(self.source.parent/path))
+        fragment = f"#{fragment}" if fragment else ""
+        if file.as_posix() in self.pages: return self.relative(self.pages[file.as_posix()]) + fragment.lower()
+        if not (ROOT/file).exists(): raise Refused(f"{self.source}: the link {link} leads to no file of the repository")
+        if not picture: return f"{REPOSITORY.replace('/blob/', '/tree/') if (ROOT/file).is_dir() else REPOSITORY}/{file.as_posix()}{fragment}"
+        copy = Path("figures")/file.name
+        (self.copied/copy).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT/file, self.copied/copy)
+        return self.relative(copy)
+
+    def __call__(self, text):
+        seen = set()
+        def change(found):
+            block, inline, bang, label, link, before, address, after = found.groups()
+            if block: return block
+            if inline:
+                page = self.names and inline[0] == "`" and self.names.page(inline[1:-1], self.module)
+                if not page or page in seen or found.string[:found.start()].rsplit("\n", 1)[-1].startswith(("#", "|")): return inline
+                seen.add(page)
+                return f"[{inline}]({self.relative(page)})"
+            if address: return before + self.target(address, before.startswith("<img")) + after
+            if bang and not label.strip(): raise Refused(f"{self.source}: the picture {link} has no alt text")
+            if label.startswith("![") and (inner := re.match(r"!\[([^\[\]]*)\]\(([^)]+)\)$", label)): label = f"![{inner[1]}]({self.target(inner[2], True)})"
+            return f"{bang}[{label}]({self.target(link, bool(bang))})"
+        return TEXT.sub(change, text)
+
+# --- notebooks ----------------------------------------------------------------
+def picture(
+    data: bytes,  # of the file
+    suffix: str,
+    name: str,  # of the file to be made, without suffix
+    alt: str,
+    links: Links,
+) -> str:  # HTML
+    file = Path("figures")/f"{name}.{suffix}"
+    (links.copied/file).parent.mkdir(parents=True, exist_ok=True)
+    (links.copied/file).write_bytes(data)
+    size = ""
+    if suffix != "svg":
+        from PIL import Image
+        size = ' width="{}" height="{}"'.format(*Image.open(io.BytesIO(data)).size)
+    where = links.relative(file)
+    return f'<a class="laid-figure" href="{where}"><img src="{where}" alt="{html.escape(alt)}"{size} loading="lazy"></a>'
+
+def outputs(
+    cell: dict,
+    alt: str | None,  # of its pictures
+    place: str,  # notebook and cell, for an error
+    links: Links,
+    strict: bool = True,
+) -> list[dict]:  # what the page shows of them
+    shown = []
+    for i, output in enumerate(cell.get("outputs", [])):
+        output, data = dict(output), output.get("data", {})
+        data = {kind: value for kind, value in data.items() if not kind.startswith("application/vnd.jupyter.widget")}
+        kind = next((k for k in PICTURES if k in data), None)
+        if kind:
+            if not alt:
+                if strict: raise Refused(f"{place}: a figure without alt text; begin the cell with '#| fig-alt: what is to be seen'")
+                alt = "A figure"
+            raw = joined(data[kind]).encode() if kind == "image/svg+xml" else base64.b64decode(joined(data[kind]))
+            data = {"text/html": [picture(raw, PICTURES[kind], f"{links.page.stem}-{cell['id']}-{i}", alt, links)]}
+        elif strict and re.match(r"<Figure size", joined(data.get("text/plain", ""))): raise Refused(f"{place}: the figure was not drawn, only its name is stored; run the notebook with the inline backend of Matplotlib (import matplotlib.pyplot)")
+        elif "text/markdown" in data: data = {"text/markdown": links(joined(data["text/markdown"]))}
+        if "data" in output: output |= dict(data=data, metadata={})
+        shown.append(output)
+    return shown
+
+def processed(
+    path: Path,  # relative to nbs/
+    nb: dict,
+    links: Links,
+    names: Names,
+    strict: bool = True,
+) -> dict:  # what mkdocs-jupyter renders
+    "nbdev's processing: no directives, no hidden cells; exported cells stay, with a table of parameters to unfold; alt texts, pictures as files, links."
+    from execnb.nbio import dict2nb, nb2dict
+    from nbdev.process import NBProcessor
+    from nbdev.processors import filter_stream_, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
+    for i, cell in enumerate(nb["cells"]):
+        cell["metadata"] = {}                               # execution times and the like
+        cell.setdefault("id", f"cell-{i}")
+        cell["source"] = joined(cell["source"])
+        if cell["cell_type"] != "code": continue
+        if directive(cell["source"], "hide") is None: cell["outputs"] = outputs(cell, directive(cell["source"], "fig-alt"), f"nbs/{path}, cell {cell['id']}", links, strict)
+        cell["source"] = re.sub(r"^#\|\s*fig-alt:.*\n?", "", cell["source"], flags=re.M)
+    def default_exp_(cell, *_): del cell["source"]
+    nb = dict2nb(nb)
+    NBProcessor(nb=nb, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, default_exp_, strip_hidden_metadata], process=True)
+    cells, module = [], names.modules.get(module_of(read(ROOT/"nbs"/path)))
+    for cell in nb.cells:
+        exported = cell.cell_type == "code" and "export" in cell.directives_
+        plain = nb2dict(cell)
+        plain = {k: plain[k] for k in ("cell_type", "id", "metadata", "source", "outputs", "execution_count") if k in plain}
+        if cell.cell_type == "markdown": plain["source"] = links(joined(plain["source"]))
+        else: plain |= dict(outputs=plain.get("outputs", []), execution_count=None)
+        if not joined(plain["source"]).strip() and not plain.get("outputs"): continue
+        cells.append(plain)
+        public = [n for n in defined(joined(plain["source"])) if n in module.__all__] if exported and module else []
+        for name in public:
+            body = reference.documented(getattr(module, name)) if callable(getattr(module, name)) else ""
+            here = links.relative(names.page(name, module.__name__.split(".")[-1]))
+            text = f'<details class="laid-api"><summary><code>{name}</code>: parameters</summary>\n\n{body}\n[{name} in the API]({here})\n\n</details>' if body else f'<p class="laid-api"><a href="{here}"><code>{name}</code> in the API</a></p>'
+            cells.append(dict(cell_type="markdown", id=f"api-{name.replace('_', '-')}"[:64], metadata={}, source=text))
+    return dict(cells=cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)
+
+def headed(
+    nb: dict,  # as processed
+    path: Path,  # relative to nbs/
+    links: Links,
+    names: Names,
+):
+    "The line below a notebook's title: its source, and its module."
+    module = links.module
+    made = f' · <a href="{links.relative(f"api/{module}.html")}">API of <code>laid_nb.{module}</code></a>' if module else ""
+    line = f'<p class="laid-source"><a href="{REPOSITORY}/nbs/{path.as_posix()}">Notebook <code>nbs/{path.as_posix()}</code></a>{made}</p>'
+    first = next(c for c in nb["cells"] if c["cell_type"] == "markdown")
+    first["source"] = re.sub(r"\A(# .+\n(?:\s*\n)?(?:>.*\n?)*)", lambda found: f"{found[1].rstrip()}\n\n{line}\n\n", first["source"] + "\n")
+
+def home(
+    nb: dict,  # nbs/index.ipynb as processed
+    hero: str,  # HTML of docs/home.html
+) -> dict:
+    "The README as a front page: figure and ways in come first, tables are folded, code that only shows a table goes."
+    cells, figure = [], ""
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "code":
+            for output in cell["outputs"]:
+                text = joined(output.get("data", {}).get("text/markdown", ""))
+                if text: cells.append(dict(cell_type="markdown", id=cell["id"], metadata={}, source=f'<details class="laid-fold"><summary>The table</summary>\n\n{text}\n\n</details>'))
+            continue
+        if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
+            figure = f'<a class="laid-figure" href="{found[2]}"><img src="{found[2]}" alt="{html.escape(found[1])}"></a>'
+            cell["source"] = cell["source"].replace(found[0], "")
+        cells.append(cell)
+    first = cells[0]
+    top, mark, rest = first["source"].partition("\n## ")
+    first["source"] = f"{top}\n\n{hero.replace('{figure}', figure)}\n\n{mark.strip()} {rest}"
+    return nb | dict(cells=cells)
+
+# --- the folder that mkdocs reads ----------------------------------------------
+def order(
+    paths: list,  # of notebooks, relative to nbs/
+    index: str,  # text of nbs/index.ipynb
+) -> list:
+    "By number; those without one as the index names them."
+    place = lambda p: (index.find(p.as_posix()) if p.as_posix() in index else len(index), p.as_posix())
+    return sorted((p for p in paths if p.name != "index.ipynb"), key=lambda p: (not p.name[0].isdigit(), p.name if p.name[0].isdigit() else "", place(p)))
+
+def navigation(
+    titles: dict,  # notebook (path relative to nbs/, in order) -> its title
+    modules: list,  # names of those with an API page
+    pages: dict,  # "your_pair.md" and so on -> title, of those that are there
+) -> list:  # as in mkdocs.yml
+    number = lambda p: re.match(r"(\d+)", p.name)
+    nav = [{"Home": "index.ipynb"}]
+    for section, (first, last) in SECTIONS.items():
+        part = [{f"{re.match(r'[0-9]+[a-z]*', p.name)[0]} {title}": p.as_posix()} for p, title in titles.items() if number(p) and p.parent == Path(".") and first <= int(number(p)[1]) <= last]
+        if section == "Use": part += [{title: page} for page, title in pages.items() if page != "glossary.md"] + [{"The command line": "cli.md"}]
+        nav.append({section: part})
+    nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
+    nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
+    if "glossary.md" in pages: nav.append({"Glossary": "glossary.md"})
+    placed = json.dumps(nav)
+    lost = [p.as_posix() for p in titles if f'"{p.as_posix()}"' not in placed]
+    if lost: raise Refused(f"nbs/{lost[0]} has no place in the navigation: begin its name with a number, or put it into nbs/experiments")
+    return nav
+
+def title_of(text, path):
+    found = re.search(r"^# (.+)$", text, re.M)
+    if not found: raise Refused(f"{path} has no title: begin it with '# '")
+    return re.sub(r"[`*]", "", found[1]).strip()
+
+def prepare(
+    strict: bool = True,  # False: a figure may be without alt text
+) -> list:  # the navigation
+    "Fill _docs_src/."
+    shutil.rmtree(SOURCES, ignore_errors=True)
+    SOURCES.mkdir()
+    index = read(ROOT/"nbs"/"index.ipynb")
+    index_text = "".join(joined(c["source"]) for c in index["cells"])
+    paths = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)]
+    notebooks = {p: read(ROOT/"nbs"/p) for p in [Path("index.ipynb"), *order(paths, index_text)]}
+    titles = {p: title_of("\n".join(joined(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), f"nbs/{p}") for p, nb in notebooks.items()}
+    texts = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT/"docs").glob("*.md")) if p.name != "README.md"}
+    wanted = [n for n in ("your_pair.md", "screens.md") if n in texts]
+    texts = {n: texts[n] for n in [*wanted, *(n for n in texts if n not in wanted)]}
+    names = Names({p: nb for p, nb in notebooks.items() if p.parts[0] != "experiments"})
+    pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks} | {f"docs/{n}": n.replace(".md", ".html") for n in texts} | {"README.md": "index.html"}
+    for generated in ("cli", "api/index", *(f"api/{m}" for m in names.modules)): pages[f"docs/{generated}.md"] = f"{generated}.html"
+    for p, nb in notebooks.items():
+        links = Links(Path("nbs")/p, p.with_suffix(".html"), pages, names, module_of(nb))
+        made = processed(p, nb, links, names, strict)
+        if p == Path("index.ipynb"): made = home(made, (ROOT/"docs"/"home.html").read_text(encoding="utf-8"))
+        else: headed(made, p, links, names)
+        (SOURCES/p).parent.mkdir(parents=True, exist_ok=True)
+        (SOURCES/p).write_text(json.dumps(made), encoding="utf-8")
+    write = lambda name, text: ((SOURCES/name).parent.mkdir(parents=True, exist_ok=True), (SOURCES/name).write_text(text, encoding="utf-8"))
+    for name, text in texts.items(): write(name, Links(Path("docs")/name, Path(name).with_suffix(".html"), pages, names)(text))
+    for name, module in names.modules.items(): write(f"api/{name}.md", reference.api_page(module, {n: (f"../{page}", title) for n, (page, title) in names.where[name].items()}, f"../{names.pages[name]}"))
+    write("api/index.md", reference.api_index(list(names.modules.values())))
+    from laid_nb.cli import parser
+    write("cli.md", reference.cli_page(parser()))
+    for folder in ("javascripts", "stylesheets", "screens"): shutil.copytree(ROOT/"docs"/folder, SOURCES/folder, dirs_exist_ok=True)
+    shutil.copyfile(ROOT/"docs"/"favicon.svg", SOURCES/"favicon.svg")
+    return navigation({p: t for p, t in titles.items() if p.name != "index.ipynb"}, list(names.modules), {n: title_of(t, f"docs/{n}") for n, t in texts.items()})
+
+# --- hook ---------------------------------------------------------------------
+def themed(
+    text: str,  # HTML of a notebook from mkdocs-jupyter
+) -> str:
+    "Without JupyterLab's style sheets and scripts (600 kB a page, a fixed light theme, a remote MathJax); code as the theme marks it, with its copy button."
+    text = re.sub(r"<style.*?</style>|<script.*?</script>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
+    text = re.sub(r'<div id="cell-\d+" class="clipboard-copy-txt">.*?</div>', "", text, flags=re.S)
+    text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', r'<div class="highlight"><pre><code>\1</code></pre></div>', text, flags=re.S)
+    seen = {}
+    def heading(found):
+        anchor = once(found[2], seen)
+        return found[0].replace(f'id="{found[2]}"', f'id="{anchor}"').replace(f'href="#{found[2]}"', f'href="#{anchor}"')
+    text = re.sub(r'<h([1-6])[^>]*\bid="([^"]+)"[^>]*>.*?</h\1>', heading, text, flags=re.S)
+    return text.replace('class="anchor-link"', 'class="headerlink"')
+
+def contents(
+    text: str,  # HTML
+) -> list[dict]:  # its headings below the first level, as mkdocs nests them
+    top = []
+    open_ = [(1, top)]
+    for level, anchor, inner in re.findall(r'<h([2-4])[^>]*\bid="([^"]+)"[^>]*>(.*?)</h\1>', text, re.S):
+        name = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r'<a class="headerlink".*?</a>', "", inner, flags=re.S))).strip()
+        while open_[-1][0] >= int(level): open_.pop()
+        token = dict(level=int(level), id=anchor, name=name, children=[])
+        open_[-1][1].append(token)
+        open_.append((int(level), token["children"]))
+    return top
+
+def on_page_content(text, page, config, files):
+    "mkdocs calls this with each page."
+    from mkdocs.structure.toc import get_toc
+    if page.file.src_uri.endswith(".ipynb"):
+        text = themed(text)
+        page.toc = get_toc(contents(text))
+        page.title = next((title for title, uri in entries(config["nav"]) if uri == page.file.src_uri), page.title)
+    bare = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", text, flags=re.S)
+    page.meta["maths"] = "$" in bare or "arithmatex" in bare
+    page.meta["home"] = page.file.src_uri == "index.ipynb"
+    return text
+
+def entries(nav):  # (title, page) of all levels
+    for item in nav:
+        for title, value in item.items():
+            if isinstance(value, str): yield title, value
+            else: yield from entries(value)
+
+def main():
+    args = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    args.add_argument("--draft", action="store_true", help="let figures without alt text pass")
+    strict, start = not args.parse_args().draft, time.time()
+    logging.basicConfig(format="%(levelname)s %(message)s", level=logging.WARNING)
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+    from mkdocs.exceptions import Abort
+    try: nav = prepare(strict)
+    except Refused as e: sys.exit(f"make docs: {e}")
+    try: build(load_config(str(ROOT/"mkdocs.yml"), nav=nav, strict=True))
+    except Abort as e: sys.exit(f"make docs: {e}")
+    wrong = check(SITE, BASE)
+    if not strict: wrong = [line for line in wrong if "alt text" not in line]
+    print(*wrong, sep="\n", file=sys.stderr)
+    if wrong: sys.exit(f"make docs: {len(wrong)} faults in the pages")
+    pages = list(SITE.rglob("*.html"))
+    print(f"site/: {len(pages)} pages, {sum(f.stat().st_size for f in SITE.rglob('*') if f.is_file())/1e6:.0f} MB, {time.time() - start:.0f} s; every link, anchor, picture and file is there")
+
+if __name__ == "__main__": main()
