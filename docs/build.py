@@ -255,8 +255,8 @@ def order(
     paths: list,  # of notebooks, relative to nbs/
     index: str,  # text of nbs/index.ipynb
 ) -> list:
-    "By number; those without one as the index names them."
-    place = lambda p: (index.find(p.as_posix()) if p.as_posix() in index else len(index), p.as_posix())
+    "By number; those without one as the index's last table names them."
+    place = lambda p: (index.rfind(p.as_posix()) if p.as_posix() in index else len(index), p.as_posix())
     return sorted((p for p in paths if p.name != "index.ipynb"), key=lambda p: (not p.name[0].isdigit(), p.name if p.name[0].isdigit() else "", place(p)))
 
 def navigation(
@@ -324,7 +324,7 @@ def themed(
     "Without JupyterLab's style sheets and scripts (600 kB a page, a fixed light theme, a remote MathJax); code as the theme marks it, with its copy button."
     text = re.sub(r"<style.*?</style>|<script.*?</script>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
-    text = re.sub(r'<div id="cell-\d+" class="clipboard-copy-txt">.*?</div>', "", text, flags=re.S)
+    text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', r'<div class="highlight"><pre><code>\1</code></pre></div>', text, flags=re.S)
     seen = {}
     def heading(found):
@@ -355,7 +355,7 @@ def on_page_content(text, page, config, files):
         page.title = next((title for title, uri in entries(config["nav"]) if uri == page.file.src_uri), page.title)
     bare = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", text, flags=re.S)
     page.meta["maths"] = "$" in bare or "arithmatex" in bare
-    page.meta["home"] = page.file.src_uri == "index.ipynb"
+    if page.file.src_uri == "index.ipynb": page.meta |= dict(home=True, hide=["navigation"])
     return text
 
 def entries(nav):  # (title, page) of all levels

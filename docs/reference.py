@@ -18,7 +18,12 @@ def prose(
 ) -> str:  # its paragraphs in Markdown
     return "\n\n".join(escape(part) for part in re.split(r"\n\s*\n", inspect.cleandoc(text)))
 
-def table(header, rows):
+def table(
+    header: list[str],
+    rows: list[list[str]],
+) -> str:  # without the columns that are empty
+    kept = [i for i in range(len(header)) if any(row[i] for row in rows)]
+    header, rows = [header[i] for i in kept], [[row[i] for i in kept] for row in rows]
     if not rows: return ""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"]*len(header), *rows]) + "\n"
 
@@ -37,6 +42,9 @@ def parameters(
     obj,  # a function or a class
 ) -> list[tuple]:  # (name, type, default or EMPTY, comment), the value returned last with the name "returns"
     found = docments(obj, full=True, returns=True)
+    try: annotations = {name: p.annotation for name, p in inspect.signature(obj).parameters.items()} | {"return": inspect.signature(obj).return_annotation}  # docments guesses a type from a default
+    except ValueError: annotations = {}
+    for name, p in found.items(): p["anno"] = annotations.get(name, EMPTY)
     if dataclasses.is_dataclass(obj): keep = {f.name: f.metadata.get("help") for f in own_fields(obj)}
     else: keep = {name: None for name in found if name != "self" and not (name == "cls" and inspect.ismethod(obj))}
     rows = [(name, p["anno"], p["default"], p["docment"] or keep[name] or "") for name, p in found.items() if name in keep and name != "return"]
@@ -49,8 +57,8 @@ def documented(
     obj,  # a function or a class
 ) -> str:  # the table of its parameters
     rows = parameters(obj)
-    if not any(comment or anno for _, anno, _, comment in rows): return ""
-    return table(["", "Type", "Default", ""], [["**returns**" if name == "returns" else code(name), code(anno), "" if default is EMPTY else code(short(default)), escape(comment)] for name, anno, default, comment in rows])
+    if not any(comment for *_, comment in rows): return ""
+    return table(["Parameter", "Type", "Default", "Meaning"], [["**returns**" if name == "returns" else code(name), code(anno), "" if default is EMPTY else code(short(default)), escape(comment)] for name, anno, default, comment in rows])
 
 def signature(
     name: str,
@@ -105,7 +113,7 @@ def api_index(
     modules: list,
 ) -> str:
     rows = [[f"[{m.__name__.split('.')[-1]}]({m.__name__.split('.')[-1]}.md)", escape(m.__doc__ or ""), str(len(m.__all__))] for m in modules]
-    return "# API\n\nEvery public name, with what each parameter means. The text comes from the signatures in the notebooks; each entry links to the section that derives it.\n\n" + table(["Module", "", "Names"], rows)
+    return "# API\n\nEvery public name, with what each parameter means. The text comes from the signatures in the notebooks; each entry links to the section that derives it.\n\n" + table(["Module", "About", "Names"], rows)
 
 # --- command line -------------------------------------------------------------
 def flag(action):  # as it is written
@@ -115,9 +123,10 @@ def flag(action):  # as it is written
 def command(
     parser,  # of one command
 ) -> str:
+    parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=80)  # not the terminal's
     usage = parser.format_usage().removeprefix("usage: ").strip()
-    rows = [[" ".join(code(f) for f in flag(action)), escape(action.help or "")] for action in parser._actions]
-    return f"{escape(parser.description or '')}\n\n```text\n{usage}\n```\n\n" + table(["Flag", ""], rows)
+    rows = [[", ".join(code(f) for f in flag(action)), escape(action.help or "")] for action in parser._actions]
+    return f"{escape(parser.description or '')}\n\n```text\n{usage}\n```\n\n" + table(["Flag", "Meaning"], rows)
 
 def settings() -> str:
     "The settings of LaidConfig that `laid train` takes as flags: ours, and those whose default is not that of transformers."
@@ -126,7 +135,7 @@ def settings() -> str:
     stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = [f for f in dataclasses.fields(LaidConfig) if f.name not in stock or f.default != stock[f.name]]
     rows = [[code(f"--{f.name}"), "" if f.default in (None, dataclasses.MISSING) else code(f.default), escape(f.metadata.get("help", ""))] for f in kept]
-    return table(["Setting", "Default", ""], [[code("--output_dir"), code("laid-runs"), escape("Checkpoints; the distilled student goes to OUTPUT_DIR/model.")], *(r for r in rows if r[0] != code("--output_dir"))])
+    return table(["Setting", "Default", "Meaning"], [[code("--output_dir"), code("laid-runs"), escape("Checkpoints; the distilled student goes to OUTPUT_DIR/model.")], *(r for r in rows if r[0] != code("--output_dir"))])
 
 def cli_page(
     parser,  # laid_nb.cli.parser()
