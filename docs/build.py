@@ -115,6 +115,7 @@ class Links:
         if file.as_posix() in self.pages: return self.relative(self.pages[file.as_posix()]) + fragment.lower()
         if not (ROOT/file).exists(): raise Refused(f"{self.source}: the link {link} leads to no file of the repository")
         if not picture: return f"{REPOSITORY.replace('/blob/', '/tree/') if (ROOT/file).is_dir() else REPOSITORY}/{file.as_posix()}{fragment}"
+        if file.parts[:2] == ("docs", "screens"): return self.relative(file.relative_to("docs"))
         copy = Path("figures")/file.name
         (self.copied/copy).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT/file, self.copied/copy)
@@ -204,11 +205,12 @@ def processed(
         exported = cell.cell_type == "code" and "export" in cell.directives_
         plain = nb2dict(cell)
         plain = {k: plain[k] for k in ("cell_type", "id", "metadata", "source", "outputs", "execution_count") if k in plain}
-        if cell.cell_type == "markdown": plain["source"] = links(joined(plain["source"]))
+        plain |= dict(source=joined(plain["source"]), metadata={})
+        if cell.cell_type == "markdown": plain["source"] = links(plain["source"])
         else: plain |= dict(outputs=plain.get("outputs", []), execution_count=None)
-        if not joined(plain["source"]).strip() and not plain.get("outputs"): continue
+        if not plain["source"].strip() and not plain.get("outputs"): continue
         cells.append(plain)
-        public = [n for n in defined(joined(plain["source"])) if n in module.__all__] if exported and module else []
+        public = [n for n in defined(plain["source"]) if n in module.__all__] if exported and module else []
         for name in public:
             body = reference.documented(getattr(module, name)) if callable(getattr(module, name)) else ""
             here = links.relative(names.page(name, module.__name__.split(".")[-1]))
@@ -298,7 +300,7 @@ def prepare(
     wanted = [n for n in ("your_pair.md", "screens.md") if n in texts]
     texts = {n: texts[n] for n in [*wanted, *(n for n in texts if n not in wanted)]}
     names = Names({p: nb for p, nb in notebooks.items() if p.parts[0] != "experiments"})
-    pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks} | {f"docs/{n}": n.replace(".md", ".html") for n in texts} | {"README.md": "index.html"}
+    pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks} | {f"docs/{n}": n.replace(".md", ".html") for n in texts} | {"README.md": "index.html"}  # what links may name
     for generated in ("cli", "api/index", *(f"api/{m}" for m in names.modules)): pages[f"docs/{generated}.md"] = f"{generated}.html"
     for p, nb in notebooks.items():
         links = Links(Path("nbs")/p, p.with_suffix(".html"), pages, names, module_of(nb))

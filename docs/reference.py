@@ -27,7 +27,7 @@ def table(
     if not rows: return ""
     return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"]*len(header), *rows]) + "\n"
 
-def code(text): return f"`{text}`".replace("|", "\\|") if text else ""
+def code(text): return f"`{text}`".replace("|", "\\|") if text != "" else ""
 
 # --- API ----------------------------------------------------------------------
 def short(value):  # a default as a reader would write it

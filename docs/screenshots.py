@@ -10,7 +10,7 @@ from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
 ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs", "experiment": "experiments/why.html", "api": "api/rope.html", "cli": "cli.html", "glossary": "glossary.html"}
+PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs", "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html", "glossary": "glossary.html"}
 SHOWN = {"home": ("light", 1280), "notebook": ("light", 1280), "experiment": ("dark", 1280), "api": ("light", 1280), "cli": ("dark", 390)}    # those of docs/screens.md
 ROOMS = (("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390))
 

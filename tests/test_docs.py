@@ -1,0 +1,187 @@
+"The builder of the documentation site: what it refuses, what it rewrites, what it lists. (`make docs` builds and checks the whole site.)"
+import ast
+import base64
+import dataclasses
+import io
+import json
+import re
+import sys
+import tokenize
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1]/"docs"))
+mkdocs = pytest.importorskip("mkdocs_jupyter")
+import build
+import reference
+from check import check
+
+ROOT = Path(__file__).parents[1]
+PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
+
+def code(source, *outputs, id="cell"): return dict(cell_type="code", id=id, metadata={"execution": {"iopub.execute_input": "now"}}, source=source, outputs=list(outputs), execution_count=1)
+def text(source, id="text"): return dict(cell_type="markdown", id=id, metadata={}, source=source)
+def image(**more): return dict(output_type="display_data", data={"image/png": PNG, "text/plain": "<Figure>"} | more, metadata={})
+def notebook(*cells): return dict(cells=list(cells), metadata={}, nbformat=4, nbformat_minor=5)
+
+@pytest.fixture
+def links(tmp_path): return build.Links(Path("nbs/00_rope.ipynb"), Path("00_rope.html"), {"nbs/00_rope.ipynb": "00_rope.html", "nbs/experiments/why.ipynb": "experiments/why.html"}, copied=tmp_path)
+
+@pytest.fixture(scope="module")
+def names():
+    paths = sorted(p for p in (ROOT/"nbs").glob("*.ipynb"))
+    return build.Names({p.relative_to(ROOT/"nbs"): build.read(p) for p in paths})
+
+# --- figures ------------------------------------------------------------------
+def test_a_figure_without_alt_text_is_refused_by_notebook_and_cell(links, names):
+    with pytest.raises(build.Refused, match=r"nbs/00_rope.ipynb, cell shown: a figure without alt text"):
+        build.processed(Path("00_rope.ipynb"), notebook(text("# T"), code("plot()", image(), id="shown")), links, names)
+
+def test_a_figure_gets_the_alt_text_of_its_cell(links, names, tmp_path):
+    made = build.processed(Path("00_rope.ipynb"), notebook(text("# T"), code("#| fig-alt: A line: it \"falls\".\nplot()", image())), links, names)
+    cell = made["cells"][-1]
+    assert build.joined(cell["source"]) == "plot()" and cell["metadata"] == {} and cell["execution_count"] is None
+    shown = "".join(cell["outputs"][0]["data"]["text/html"])
+    assert 'alt="A line: it &quot;falls&quot;."' in shown
+    assert (tmp_path/re.search(r'src="([^"]+)"', shown)[1]).read_bytes() == base64.b64decode(PNG)
+
+def test_of_a_widget_the_picture_stays(links):
+    cell = code("x", image(**{"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}))
+    (output,) = build.outputs(cell, "A grid.", "here", links)
+    assert list(output["data"]) == ["text/html"]
+
+def test_a_figure_that_was_not_drawn_is_refused(links):
+    output = dict(output_type="execute_result", data={"text/plain": "<Figure size 1000x420 with 2 Axes>"}, metadata={}, execution_count=1)
+    with pytest.raises(build.Refused, match="here: the figure was not drawn"): build.outputs(code("x", output), "A line.", "here", links)
+
+def test_a_picture_in_a_text_needs_alt_text(links):
+    with pytest.raises(build.Refused, match="has no alt text"): links("![ ](../data/results/reproduce.png)")
+
+# --- cells --------------------------------------------------------------------
+def test_hidden_cells_and_directives_go_and_exported_code_stays_with_its_parameters(names):
+    links = build.Links(Path("nbs/00_rope.ipynb"), Path("00_rope.html"), {}, names, "rope")
+    path, nb = Path("00_rope.ipynb"), build.read(ROOT/"nbs"/"00_rope.ipynb")
+    made = build.processed(path, nb, links, names, strict=False)
+    sources = [build.joined(c["source"]) for c in made["cells"]]
+    assert not any(re.search(r"^#\|", s, re.M) for s in sources) and not any("nbdev_export()" in s or "default_exp" in s for s in sources)
+    at = next(i for i, s in enumerate(sources) if "def rope_series(" in s)
+    assert "| `distances` | " in sources[at + 1] and "api/rope.html#rope_series" in sources[at + 1]
+    json.dumps(made)
+
+# --- links --------------------------------------------------------------------
+def test_links_of_a_notebook(links):
+    assert links("[a](experiments/why.ipynb#The-answer) [b](../benchmarks/spectra.py) [c](../benchmarks) [d](https://a.b/c) [e](#here)") == (
+        f"[a](experiments/why.html#the-answer) [b]({build.REPOSITORY}/benchmarks/spectra.py) [c]({build.REPOSITORY.replace('/blob/', '/tree/')}/benchmarks) [d](https://a.b/c) [e](#here)")
+
+def test_code_and_maths_are_not_links(links):
+    same = "`[a](b.ipynb)` $S[q](k.x)$\n\n```\n[a](b.ipynb)\n```"
+    assert links(same) == same
+
+def test_a_link_to_nothing_is_refused(links):
+    with pytest.raises(build.Refused, match="nbs/00_rope.ipynb: the link ../gone.py"): links("[a](../gone.py)")
+
+def test_a_public_name_links_to_its_api_once(names):
+    links = build.Links(Path("nbs/experiments/x.ipynb"), Path("experiments/x.html"), {}, names)
+    assert links("`rope_series`, `rope_series`, `main`") == "[`rope_series`](../api/rope.html#rope_series), `rope_series`, `main`"
+
+# --- the built site -----------------------------------------------------------
+def site(tmp_path, **pages):
+    for name, body in pages.items(): (tmp_path/f"{name}.html").write_text(f"<html><body>{body}</body></html>")
+    return check(tmp_path, "/base/")
+
+def test_a_whole_site_passes(tmp_path):
+    assert site(tmp_path, a='<h1 id="x">A</h1><a href="b.html#y">b</a><a href="/base/b.html">b</a><a href="https://else.where/">e</a>', b='<p id="y"><a href="a.html">a</a><img src="data:image/png;base64,AA" alt="dot"></p>') == []
+
+@pytest.mark.parametrize("body, wrong", [
+    ('<a href="gone.html">g</a>', "gone.html: there is no such file"),
+    ('<a href="#gone">g</a>', "#gone: the page has no such anchor"),
+    ('<a href="b.html#gone">g</a>', "b.html#gone: the page has no such anchor"),
+    ('<img src="gone.png" alt="g">', "gone.png: there is no such file"),
+    ('<img src="data:image/png;base64,AA">', "a picture without alt text"),
+    ('<script src="https://cdn.example/x.js"></script>', "loads https://cdn.example/x.js from another host"),
+    ('<link rel="stylesheet" href="//cdn.example/x.css">', "loads //cdn.example/x.css from another host"),
+    ("<style>@import 'https://cdn.example/x.css';</style>", "loads https://cdn.example/x.css from another host"),
+    ('<p style="background: url(https://cdn.example/x.png)">', "loads https://cdn.example/x.png from another host"),
+    ('<p id="a"></p><p id="a"></p>', "the id a stands twice"),
+])
+def test_a_fault_is_found(tmp_path, body, wrong):
+    (found,) = site(tmp_path, a=body, b="<p>b</p>")
+    assert found == f"a.html: {wrong}" or found.startswith("a.html: ") and found.endswith(wrong)
+
+def test_a_remote_font_in_a_style_sheet_is_found(tmp_path):
+    (tmp_path/"x.css").write_text("@font-face { src: url('https://fonts.example/a.woff2') }")
+    assert check(tmp_path) == ["x.css: loads https://fonts.example/a.woff2 from another host"]
+
+def test_a_notebook_page_loses_foreign_styles_and_repeated_code():
+    made = build.themed('<style>@import "https://a.b";</style><script src="https://a.b/mathjax.js"></script><div class=" highlight-ipynb hl-python "><pre><span></span>x</pre></div>\n<div class="clipboard-copy-txt" id="cell-1">x</div>'
+                        '<h2 id="a">A<a class="anchor-link" href="#a">¶</a></h2><h2 id="a">A<a class="anchor-link" href="#a">¶</a></h2>')
+    assert "https" not in made and "clipboard" not in made and '<div class="highlight"><pre><code><span></span>x</code></pre></div>' in made
+    assert [(t["id"], t["name"]) for t in build.contents(made)] == [("a", "A"), ("a-1", "A")]
+
+# --- navigation ---------------------------------------------------------------
+def test_navigation_follows_the_files():
+    titles = {Path(p): p for p in ("00_rope.ipynb", "05_gain.ipynb", "06_window.ipynb", "12a_more.ipynb", "13_cli.ipynb", "experiments/why.ipynb")}
+    nav = build.navigation(titles, ["rope"], {"your_pair.md": "Your own pair", "glossary.md": "Glossary"})
+    sections = {k: v for item in nav for k, v in item.items()}
+    pages = {k: [next(iter(i.values())) for i in v] for k, v in sections.items() if isinstance(v, list)}
+    assert list(sections) == ["Home", "Understand", "Use", "Evidence", "API", "Glossary"]
+    assert pages["Understand"] == ["00_rope.ipynb", "05_gain.ipynb"]
+    assert pages["Use"] == ["06_window.ipynb", "12a_more.ipynb", "13_cli.ipynb", "your_pair.md", "cli.md"]
+    assert pages["Evidence"] == ["experiments/why.ipynb"] and pages["API"] == ["api/index.md", "api/rope.md"]
+
+def test_a_notebook_without_a_place_is_refused():
+    with pytest.raises(build.Refused, match="nbs/notes.ipynb has no place"): build.navigation({Path("notes.ipynb"): "Notes"}, [], {})
+
+def test_notebooks_come_by_number_and_experiments_as_the_index_lists_them():
+    paths = [Path(p) for p in ("experiments/b.ipynb", "experiments/a.ipynb", "experiments/z.ipynb", "12a_x.ipynb", "12_w.ipynb", "02_s.ipynb", "index.ipynb")]
+    assert [p.stem for p in build.order(paths, "experiments/z.ipynb, then experiments/a.ipynb")] == ["02_s", "12_w", "12a_x", "z", "a", "b"]
+
+# --- reference ----------------------------------------------------------------
+def comments(path):  # (name of the function, name of the parameter, its comment), read from the source alone
+    lines = path.read_text().splitlines()
+    found = {token.start[0]: token.string.lstrip("#").strip() for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline) if token.type == tokenize.COMMENT}
+    for node in ast.parse("\n".join(lines)).body:
+        for function in [node] if isinstance(node, ast.FunctionDef) else [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and (f.name[0] != "_" or f.name == "__init__")]:
+            arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
+            if node.name[0] == "_": continue
+            for a in arguments:
+                name = "**returns**" if a.lineno == function.lineno else a.arg  # a signature of one line ends with what is returned
+                if a.lineno in found and a.arg != "self": yield (node.name if function.name == "__init__" else function.name), name, found[a.lineno]
+
+plain = lambda markdown: re.sub(r"\\(.)", r"\1", markdown)
+
+def test_every_public_name_has_its_entry(names):
+    for name, module in names.modules.items():
+        page = reference.api_page(module, {n: ("x", "y") for n in module.__all__}, "x")
+        assert re.findall(r"^## `(\w+)` \{ #\w+ \}$", page, re.M) == list(module.__all__), name
+
+def test_every_comment_of_a_parameter_stands_in_the_api(names):
+    count = 0
+    for name, module in names.modules.items():
+        page = plain(reference.api_page(module, {n: ("x", "y") for n in module.__all__}, "x"))
+        for function, parameter, comment in comments(ROOT/"laid_nb"/f"{name}.py"):
+            row = re.search(rf"^\| [`*]*{parameter.strip('*')}[`*]* \|.*{re.escape(' '.join(comment.split()))} \|$", page, re.M)
+            assert row, f"laid_nb.{name}.{function}: {parameter}: {comment}"
+            count += 1
+    assert count > 500
+
+def test_an_entry_points_to_the_section_that_derives_it(names):
+    assert names.where["rope"]["RopeSpec"] == ("00_rope.html#ropespec", "RopeSpec")
+
+def test_every_command_and_flag_stands_in_the_reference():
+    from laid_nb.cli import parser
+    top = parser()
+    page = plain(reference.cli_page(top))
+    for name, command in top._subparsers._group_actions[0].choices.items():
+        section = page.split(f"## `laid {name}` {{", 1)[1].split("\n## ", 1)[0]
+        for action in command._actions:
+            for flag in action.option_strings or [action.metavar]: assert re.search(rf"^\| .*`{re.escape(flag)}[ `]", section, re.M), f"laid {name} {flag}"
+
+def test_every_setting_of_our_own_stands_in_the_reference():
+    from transformers import TrainingArguments
+    from laid_nb.train import LaidConfig
+    page = plain(reference.settings())
+    for field in {f.name for f in dataclasses.fields(LaidConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}: assert f"| `--{field}` |" in page, field
+
+def test_text_is_escaped_for_a_table(): assert reference.escape("a|b `c|d` [x] <y> *z*") == r"a\|b `c\|d` \[x\] \<y\> \*z\*"
