@@ -8,8 +8,8 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench reproduce lab export clean-notebooks readme wheel clean \
-        check-clean check-export check-readme check-notebooks check-tests check-wheel
+.PHONY: help demo test bench reproduce lab docs docs-serve export clean-notebooks readme wheel clean \
+        check-clean check-export check-readme check-notebooks check-tests check-docs check-wheel
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -46,6 +46,13 @@ bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole st
 reproduce: $(VENV)/.dev  ## make every result of nbs/experiments again (hours; goes on where it was stopped)
 	@for script in training_free reproduce length labels ablation why heads leakage retrieval; do echo "== $$script"; $(BIN)/python experiments/$$script.py $(ARGS) || exit 1; done
 
+docs: export HF_HUB_OFFLINE := 1
+docs: $(VENV)/.dev  ## build the documentation site into site/, and check it
+	$(BIN)/python docs/build.py
+
+docs-serve: docs  ## build it and show it on 127.0.0.1, port 8000 (make docs-serve PORT=8001)
+	$(BIN)/python -m http.server $(or $(PORT),8000) --bind 127.0.0.1 --directory site
+
 # --- write --------------------------------------------------------------------
 export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py
 	$(BIN)/nbdev_export
@@ -69,12 +76,13 @@ wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl
 	@ls -l dist/*.whl
 
 # --- test ---------------------------------------------------------------------
-test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, wheel
+test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, site, wheel
 	@$(MAKE) --no-print-directory check-clean
 	@$(MAKE) --no-print-directory check-export
 	@$(MAKE) --no-print-directory check-readme
 	@$(MAKE) --no-print-directory check-notebooks
 	@$(MAKE) --no-print-directory check-tests
+	@$(MAKE) --no-print-directory check-docs
 	@$(MAKE) --no-print-directory check-wheel
 	@echo "make test: all passed"
 
@@ -109,10 +117,14 @@ check-tests: $(VENV)/.dev  ## pytest only
 	@echo "== tests"
 	$(BIN)/python -m pytest tests -q --durations=5 $(ARGS)
 
+check-docs: $(VENV)/.dev
+	@echo "== site"
+	@$(MAKE) --no-print-directory docs
+
 check-wheel: wheel  ## build the wheel, install it elsewhere, use it there
 	@echo "== wheel"
 	$(BIN)/python tests/check_wheel.py dist/*.whl
 
 clean:  ## remove what was built (not .venv)
-	rm -rf build dist *.egg-info .pytest_cache
+	rm -rf build dist _docs_src site *.egg-info .pytest_cache
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

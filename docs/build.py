@@ -270,7 +270,7 @@ def navigation(
     nav = [{"Home": "index.ipynb"}]
     for section, (first, last) in SECTIONS.items():
         part = [{f"{re.match(r'[0-9]+[a-z]*', p.name)[0]} {title}": p.as_posix()} for p, title in titles.items() if number(p) and p.parent == Path(".") and first <= int(number(p)[1]) <= last]
-        if section == "Use": part += [{title: page} for page, title in pages.items() if page != "glossary.md"] + [{"The command line": "cli.md"}]
+        if section == "Use": part += [{title: page} for page, title in ({p: pages[p] for p in ("your_pair.md",) if p in pages} | {"cli.md": "The command line"} | pages).items() if page != "glossary.md"]
         nav.append({section: part})
     nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
     nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
@@ -297,18 +297,21 @@ def prepare(
     notebooks = {p: read(ROOT/"nbs"/p) for p in [Path("index.ipynb"), *order(paths, index_text)]}
     titles = {p: title_of("\n".join(joined(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), f"nbs/{p}") for p, nb in notebooks.items()}
     texts = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT/"docs").glob("*.md")) if p.name != "README.md"}
-    wanted = [n for n in ("your_pair.md", "screens.md") if n in texts]
-    texts = {n: texts[n] for n in [*wanted, *(n for n in texts if n not in wanted)]}
     names = Names({p: nb for p, nb in notebooks.items() if p.parts[0] != "experiments"})
     pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks} | {f"docs/{n}": n.replace(".md", ".html") for n in texts} | {"README.md": "index.html"}  # what links may name
     for generated in ("cli", "api/index", *(f"api/{m}" for m in names.modules)): pages[f"docs/{generated}.md"] = f"{generated}.html"
+    wrong = []
     for p, nb in notebooks.items():
         links = Links(Path("nbs")/p, p.with_suffix(".html"), pages, names, module_of(nb))
-        made = processed(p, nb, links, names, strict)
+        try: made = processed(p, nb, links, names, strict)
+        except Refused as e:
+            wrong.append(str(e))
+            continue
         if p == Path("index.ipynb"): made = home(made, (ROOT/"docs"/"home.html").read_text(encoding="utf-8"))
         else: headed(made, p, links, names)
         (SOURCES/p).parent.mkdir(parents=True, exist_ok=True)
         (SOURCES/p).write_text(json.dumps(made), encoding="utf-8")
+    if wrong: raise Refused("\n".join(wrong))
     write = lambda name, text: ((SOURCES/name).parent.mkdir(parents=True, exist_ok=True), (SOURCES/name).write_text(text, encoding="utf-8"))
     for name, text in texts.items(): write(name, Links(Path("docs")/name, Path(name).with_suffix(".html"), pages, names)(text))
     for name, module in names.modules.items(): write(f"api/{name}.md", reference.api_page(module, {n: (f"../{page}", title) for n, (page, title) in names.where[name].items()}, f"../{names.pages[name]}"))
@@ -375,7 +378,7 @@ def main():
     from mkdocs.config import load_config
     from mkdocs.exceptions import Abort
     try: nav = prepare(strict)
-    except Refused as e: sys.exit(f"make docs: {e}")
+    except Refused as e: sys.exit(f"make docs:\n{e}")
     try: build(load_config(str(ROOT/"mkdocs.yml"), nav=nav, strict=True))
     except Abort as e: sys.exit(f"make docs: {e}")
     wrong = check(SITE, BASE)

@@ -1,8 +1,6 @@
 "Pages made from code: the API from signatures and docments, the command line from its parser."
-import argparse, dataclasses, importlib, inspect, re, textwrap
+import argparse, ast, dataclasses, inspect, io, re, textwrap, tokenize
 from functools import cached_property
-
-from fastcore.docments import docments
 
 EMPTY = inspect.Parameter.empty
 
@@ -38,20 +36,38 @@ def own_fields(cls):  # of a dataclass, without those of a class that is not our
     ours = {name for base in cls.__mro__ if base.__module__.startswith("laid_nb") for name in inspect.get_annotations(base)}
     return [f for f in dataclasses.fields(cls) if f.init and f.name in ours]
 
+def comments(
+    obj,  # a function or a class of laid_nb
+) -> dict:  # name of a parameter or field -> its comment; "return": that on the line which closes the signature
+    if inspect.isclass(obj):
+        ours = [base for base in reversed(obj.__mro__) if base.__module__.startswith("laid_nb")]
+        found = {k: v for base in ours for k, v in beside(base).items()}
+        return found | (comments(obj.__init__) if getattr(obj.__init__, "__module__", "").startswith("laid_nb") and inspect.isfunction(obj.__init__) and not dataclasses.is_dataclass(obj) else {})
+    return beside(inspect.unwrap(obj))
+
+def beside(obj):
+    source = textwrap.dedent(inspect.getsource(obj))
+    notes = {t.start[0]: t.string.lstrip("# ").removeprefix("->").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+    node = ast.parse(source).body[0]
+    if isinstance(node, ast.ClassDef): return {n.target.id: notes[n.lineno] for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.lineno in notes}
+    a = node.args
+    last = {"return": notes[n]} if (n := node.body[0].lineno - 1) in notes or (n := node.lineno) in notes and node.body[0].lineno > n else {}
+    return last | {p.arg: notes[p.lineno] for p in filter(None, [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]) if p.lineno in notes and p.lineno > node.lineno}
+
 def parameters(
     obj,  # a function or a class
 ) -> list[tuple]:  # (name, type, default or EMPTY, comment), the value returned last with the name "returns"
-    found = docments(obj, full=True, returns=True)
-    try: annotations = {name: p.annotation for name, p in inspect.signature(obj).parameters.items()} | {"return": inspect.signature(obj).return_annotation}  # docments guesses a type from a default
-    except ValueError: annotations = {}
-    for name, p in found.items(): p["anno"] = annotations.get(name, EMPTY)
-    if dataclasses.is_dataclass(obj): keep = {f.name: f.metadata.get("help") for f in own_fields(obj)}
-    else: keep = {name: None for name in found if name != "self" and not (name == "cls" and inspect.ismethod(obj))}
-    rows = [(name, p["anno"], p["default"], p["docment"] or keep[name] or "") for name, p in found.items() if name in keep and name != "return"]
-    back = {} if inspect.isclass(obj) else found.get("return", {})
-    if back.get("docment") or back.get("anno", EMPTY) not in (EMPTY, None): rows.append(("returns", back["anno"], EMPTY, back["docment"] or ""))
-    star = {name: {"VAR_POSITIONAL": "*", "VAR_KEYWORD": "**"}.get(getattr(found[name].get("kind"), "name", ""), "") for name in found}
-    return [(star.get(name, "") + name, "" if anno in (EMPTY, None) else inspect.formatannotation(anno).replace("laid_nb.", ""), default, comment) for name, anno, default, comment in rows]
+    notes, typed = comments(obj), lambda anno: "" if anno in (EMPTY, None) else inspect.formatannotation(anno).replace("laid_nb.", "")
+    try: shape = inspect.signature(obj)
+    except ValueError: return []
+    given = [p for p in shape.parameters.values() if p.name != "self"]
+    if dataclasses.is_dataclass(obj):
+        helps = {f.name: f.metadata.get("help", "") for f in own_fields(obj)}
+        given, notes = [p for p in given if p.name in helps], helps | notes
+    star = lambda p: {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
+    rows = [(star(p), typed(p.annotation), p.default, notes.get(p.name, "")) for p in given]
+    back = "" if inspect.isclass(obj) else typed(shape.return_annotation)
+    return rows + ([("returns", back, EMPTY, notes.get("return", ""))] if not inspect.isclass(obj) and (back or "return" in notes) else [])
 
 def documented(
     obj,  # a function or a class
@@ -91,11 +107,10 @@ def entry(
     if not (inspect.isclass(obj) or inspect.isroutine(obj)): return f"```python\n{name} = {textwrap.shorten(repr(obj), 300, placeholder=' …')}\n```\n"
     parts = [f"```python\n{'class ' if inspect.isclass(obj) else ''}{signature(name, obj)}\n```", prose(comment_of(obj)), documented(obj)]
     if inspect.isclass(obj):
-        for method, function in methods(obj):
-            if isinstance(function, (property, cached_property)):
-                text = inspect.getdoc(function) if function.__doc__ else ""
-                parts.append(f"`{name}.{method}`{': ' + prose(text) if text else ''}\n{{ .member }}")
-            else: parts += [f"```python\n{signature(f'{name}.{method}', function)}\n```", prose(comment_of(function)), documented(function)]
+        for method, member in methods(obj):
+            function = getattr(member, "fget", None) or getattr(member, "func", member)
+            line = signature(f"{name}.{method}", function) if function is member else f"{name}.{method}"
+            parts += [f"```python\n{line}\n```", prose(comment_of(function)), documented(function)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 def api_page(
@@ -124,7 +139,7 @@ def command(
     parser,  # of one command
 ) -> str:
     parser.formatter_class = lambda prog: argparse.HelpFormatter(prog, width=80)  # not the terminal's
-    usage = parser.format_usage().removeprefix("usage: ").strip()
+    usage = parser.format_usage().removeprefix("usage: ").strip().replace("\n       ", "\n")
     rows = [[", ".join(code(f) for f in flag(action)), escape(action.help or "")] for action in parser._actions]
     return f"{escape(parser.description or '')}\n\n```text\n{usage}\n```\n\n" + table(["Flag", "Meaning"], rows)
 

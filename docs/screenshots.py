@@ -28,9 +28,9 @@ def small(
     data: bytes,  # PNG
     path: Path,
 ):
-    "Written with 128 colours: what is on these pages is text and lines."
+    "Written with 256 colours: what is on these pages is text and lines."
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(path, optimize=True)
 
 def look(
     browser,

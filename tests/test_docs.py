@@ -138,16 +138,16 @@ def test_notebooks_come_by_number_and_experiments_as_the_index_lists_them():
     assert [p.stem for p in build.order(paths, "experiments/z.ipynb, then experiments/a.ipynb")] == ["02_s", "12_w", "12a_x", "z", "a", "b"]
 
 # --- reference ----------------------------------------------------------------
-def comments(path):  # (name of the function, name of the parameter, its comment), read from the source alone
-    lines = path.read_text().splitlines()
-    found = {token.start[0]: token.string.lstrip("#").strip() for token in tokenize.generate_tokens(io.StringIO(path.read_text()).readline) if token.type == tokenize.COMMENT}
-    for node in ast.parse("\n".join(lines)).body:
-        for function in [node] if isinstance(node, ast.FunctionDef) else [f for f in getattr(node, "body", []) if isinstance(f, ast.FunctionDef) and (f.name[0] != "_" or f.name == "__init__")]:
-            arguments = function.args.posonlyargs + function.args.args + function.args.kwonlyargs
-            if node.name[0] == "_": continue
-            for a in arguments:
-                name = "**returns**" if a.lineno == function.lineno else a.arg  # a signature of one line ends with what is returned
-                if a.lineno in found and a.arg != "self": yield (node.name if function.name == "__init__" else function.name), name, found[a.lineno]
+def comments(path):  # (name of the function, name of the parameter or "returns", its comment), read from the source alone
+    source = path.read_text()
+    found = {token.start[0]: token.string.lstrip("#").strip() for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type == tokenize.COMMENT}
+    for node in ast.parse(source).body:
+        if getattr(node, "name", "_")[0] == "_": continue
+        for function in [node] if isinstance(node, ast.FunctionDef) else [f for f in node.body if isinstance(f, ast.FunctionDef) and (f.name[0] != "_" or f.name == "__init__")]:
+            arguments = [*function.args.posonlyargs, *function.args.args, *function.args.kwonlyargs, *filter(None, (function.args.vararg, function.args.kwarg))]
+            line = {a.lineno: a.arg for a in arguments if a.lineno != function.lineno}
+            for n in range(function.lineno, function.body[0].lineno):
+                if n in found: yield function.name, line.get(n, "returns"), found[n].removeprefix("-> ")
 
 plain = lambda markdown: re.sub(r"\\(.)", r"\1", markdown)
 
@@ -161,7 +161,7 @@ def test_every_comment_of_a_parameter_stands_in_the_api(names):
     for name, module in names.modules.items():
         page = plain(reference.api_page(module, {n: ("x", "y") for n in module.__all__}, "x"))
         for function, parameter, comment in comments(ROOT/"laid_nb"/f"{name}.py"):
-            row = re.search(rf"^\| [`*]*{parameter.strip('*')}[`*]* \|.*{re.escape(' '.join(comment.split()))} \|$", page, re.M)
+            row = re.search(rf"^\| [`*]*{parameter}[`*]* \|.*{re.escape(' '.join(comment.split()))} \|$", page, re.M)
             assert row, f"laid_nb.{name}.{function}: {parameter}: {comment}"
             count += 1
     assert count > 500
