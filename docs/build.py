@@ -111,8 +111,10 @@ class Links:
         if re.match(r"[a-z]+:|#|//", link): return link
         path, _, fragment = link.partition("#")
         file = Path(os.path.normpath(self.source.parent/path))
+        if file.suffix == ".ipynb": fragment = slugify(fragment)  # JupyterLab keeps capitals
         fragment = f"#{fragment}" if fragment else ""
-        if file.as_posix() in self.pages: return self.relative(self.pages[file.as_posix()]) + fragment.lower()
+        if file.as_posix() in self.pages: return self.relative(self.pages[file.as_posix()]) + fragment
+        if os.path.normpath(self.page.parent/path) in self.pages.values(): return link
         if not (ROOT/file).exists(): raise Refused(f"{self.source}: the link {link} leads to no file of the repository")
         if not picture: return f"{REPOSITORY.replace('/blob/', '/tree/') if (ROOT/file).is_dir() else REPOSITORY}/{file.as_posix()}{fragment}"
         if file.parts[:2] == ("docs", "screens"): return self.relative(file.relative_to("docs"))
@@ -190,13 +192,16 @@ def processed(
     from execnb.nbio import dict2nb, nb2dict
     from nbdev.process import NBProcessor
     from nbdev.processors import filter_stream_, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
+    wrong = []
     for i, cell in enumerate(nb["cells"]):
         cell["metadata"] = {}                               # execution times and the like
         cell.setdefault("id", f"cell-{i}")
         cell["source"] = joined(cell["source"])
         if cell["cell_type"] != "code": continue
-        if directive(cell["source"], "hide") is None: cell["outputs"] = outputs(cell, directive(cell["source"], "fig-alt"), f"nbs/{path}, cell {cell['id']}", links, strict)
+        try: cell["outputs"] = [] if directive(cell["source"], "hide") is not None else outputs(cell, directive(cell["source"], "fig-alt"), f"nbs/{path}, cell {cell['id']}", links, strict)
+        except Refused as e: wrong.append(str(e))
         cell["source"] = re.sub(r"^#\|\s*fig-alt:.*\n?", "", cell["source"], flags=re.M)
+    if wrong: raise Refused("\n".join(wrong))
     def default_exp_(cell, *_): del cell["source"]
     nb = dict2nb(nb)
     NBProcessor(nb=nb, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, default_exp_, strip_hidden_metadata], process=True)
@@ -249,7 +254,7 @@ def home(
         cells.append(cell)
     first = cells[0]
     top, mark, rest = first["source"].partition("\n## ")
-    first["source"] = f"{top}\n\n{hero.replace('{figure}', figure)}\n\n{mark.strip()} {rest}"
+    first["source"] = f"{top.rstrip()}\n\n{hero.replace('{figure}', figure)}\n\n{mark.strip()} {rest}"
     return nb | dict(cells=cells)
 
 # --- the folder that mkdocs reads ----------------------------------------------
