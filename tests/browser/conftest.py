@@ -15,12 +15,12 @@ import urllib.request
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
+from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-WAIT = 120_000  # ms; a loaded machine is slow, and nothing is slept through
+WAIT = 60_000  # ms; a loaded machine is slow, and nothing is slept through
 
 
 def pytest_addoption(parser): parser.addoption("--screens", metavar="FOLDER", help="write a picture of every widget there")
@@ -78,9 +78,11 @@ def screen(request):
 def environment(tmp_path_factory):
     "Of servers and kernels: settings of the user play no part and nothing is written to them."
     folder = tmp_path_factory.mktemp("jupyter")
-    settings = folder/"lab/@jupyterlab/notebook-extension/tracker.jupyterlab-settings"
-    settings.parent.mkdir(parents=True)
-    settings.write_text('{"windowingMode": "none"}')  # cells out of sight stay on the page
+    for name, text in (("notebook-extension/tracker", '{"windowingMode": "none"}'),  # cells out of sight stay on the page
+                       ("apputils-extension/notification", '{"fetchNews": "false", "checkForUpdates": false}')):
+        settings = folder/f"lab/@jupyterlab/{name}.jupyterlab-settings"
+        settings.parent.mkdir(parents=True)
+        settings.write_text(text)
     return os.environ | dict(JUPYTER_CONFIG_DIR=str(folder/"config"), JUPYTER_DATA_DIR=str(folder/"data"), JUPYTERLAB_SETTINGS_DIR=str(folder/"lab"), JUPYTERLAB_WORKSPACES_DIR=str(folder/"workspaces"), IPYTHONDIR=str(folder/"ipython"),
                              JUPYTER_TOKEN="a-token", HF_HUB_OFFLINE="1", MPLBACKEND="Agg", CUDA_VISIBLE_DEVICES="", OMP_NUM_THREADS="1", PYTHONUNBUFFERED="1")
 
@@ -89,7 +91,7 @@ def changed(picture, act):
     "Do something and wait until the picture is another; its new text."
     before = picture.get_attribute("src")
     act()
-    picture.page.wait_for_function("([picture, before]) => picture.src !== before", arg=[picture.element_handle(), before])
+    expect(picture).not_to_have_attribute("src", before, timeout=WAIT)
     return picture.get_attribute("alt")
 
 
@@ -113,8 +115,7 @@ def lab(browser, environment, tmp_path_factory):
     port, log = free_port(), folder/"server.log"
     (work := folder/"nbs").mkdir()
     with open(log, "w") as stream:
-        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "-y", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}",
-                                   "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate", "--LabApp.collaborative=False"], env=environment, stdout=stream, stderr=stream)
+        server = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--allow-root", "--no-browser", "-y", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"], env=environment, stdout=stream, stderr=stream)
     pages = {}
 
     def open_notebook(source: Path):
@@ -127,6 +128,7 @@ def lab(browser, environment, tmp_path_factory):
             pages[source] = watched = Watched(browser, log)
             page = watched.page
             page.goto(f"http://127.0.0.1:{port}/lab/workspaces/{source.stem}/tree/{source.name}?token={environment['JUPYTER_TOKEN']}")
+            page.locator(".jp-KernelName", has_text="Python 3").wait_for()  # "idle" alone is also what an indicator without a kernel says
             page.locator('.jp-NotebookPanel-toolbar [data-status="idle"]').wait_for()
             page.get_by_role("menuitem", name="Run", exact=True).click()
             page.get_by_role("menuitem", name="Run All Cells", exact=True).click()
