@@ -1,6 +1,7 @@
 """A browser, JupyterLab and `laid inspect` for the tests of this folder. Whatever goes wrong on a page fails the test that used it: see `Watched`."""
 import functools
 import http.server
+import io
 import json
 import os
 import re
@@ -10,11 +11,11 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,7 +71,7 @@ def screen(request):
     def keep(name, locator):
         if folder:
             Path(folder).mkdir(parents=True, exist_ok=True)
-            locator.screenshot(path=Path(folder, f"{name}.png"))
+            Image.open(io.BytesIO(locator.screenshot())).convert("RGB").quantize(256).save(Path(folder, f"{name}.png"), optimize=True)
     return keep
 
 

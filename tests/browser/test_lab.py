@@ -59,3 +59,21 @@ def test_wave(notebook):
     handle = wave.locator(".noUi-handle").first
     handle.focus()
     assert changed(wave.locator("img"), lambda: page.keyboard.press("ArrowLeft")) == "a sine of 3 turns"
+
+
+def test_mixing_inspector(notebook, screen):
+    page = notebook("12a_mixing_inspector")
+    inspector = page.locator(".laid").last
+    picture, grids = inspector.locator("img"), inspector.locator(".laid-grid")
+    inspector.scroll_into_view_if_needed()
+    cells = grids.nth(1).locator(".laid-grid-cells")
+    assert "student head 0 follows" in changed(picture, lambda: cells.click(position=dict(x=5, y=5)))
+    assert "student head 0, teacher head 0" in grids.nth(1).locator(".laid-grid-readout").inner_text()
+    assert "and teacher head 1 with" in changed(picture, lambda: page.keyboard.press("ArrowRight"))
+    assert "student head 1 follows" in changed(picture, lambda: page.keyboard.press("ArrowDown"))
+    step = inspector.locator(".noUi-handle").first
+    step.focus()
+    assert changed(picture, lambda: page.keyboard.press("ArrowLeft")) != changed(picture, lambda: page.keyboard.press("Home"))
+    assert "at step 0" in picture.get_attribute("alt")
+    assert "complex weights" in changed(picture, lambda: inspector.locator("select").nth(1).select_option("complex"))
+    screen("mixing", inspector)
