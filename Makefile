@@ -8,8 +8,8 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench reproduce lab docs docs-serve export clean-notebooks readme wheel clean \
-        check-clean check-export check-readme check-notebooks check-tests check-docs check-wheel
+.PHONY: help demo inspect test bench reproduce lab docs docs-serve export clean-notebooks readme wheel clean \
+        check-clean check-export check-readme check-notebooks check-tests check-docs check-browser check-wheel
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -24,7 +24,7 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 	@echo "installing laid_nb into $(VENV): about 5 GB, a few minutes"
-	$(BIN)/python -m pip install -e . -c constraints.txt
+	$(BIN)/python -m pip install -e '.[inspect]' -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(INPUTS) | $(BIN)/python
@@ -35,6 +35,9 @@ $(VENV)/.dev: $(INPUTS) | $(BIN)/python
 # --- use ----------------------------------------------------------------------
 demo: $(VENV)/.demo  ## distil the embedded student and measure its window
 	$(BIN)/laid demo $(ARGS)
+
+inspect: $(VENV)/.demo  ## look at the heads of the embedded models, or ARGS=, in a browser
+	$(BIN)/laid inspect $(ARGS)
 
 lab: $(VENV)/.dev  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
@@ -76,13 +79,14 @@ wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl
 	@ls -l dist/*.whl
 
 # --- test ---------------------------------------------------------------------
-test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, site, wheel
+test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, site, browser, wheel
 	@$(MAKE) --no-print-directory check-clean
 	@$(MAKE) --no-print-directory check-export
 	@$(MAKE) --no-print-directory check-readme
 	@$(MAKE) --no-print-directory check-notebooks
 	@$(MAKE) --no-print-directory check-tests
 	@$(MAKE) --no-print-directory check-docs
+	@$(MAKE) --no-print-directory check-browser
 	@$(MAKE) --no-print-directory check-wheel
 	@echo "make test: all passed"
 
@@ -115,7 +119,15 @@ check-notebooks: $(VENV)/.dev  ## run every notebook, without the cells marked s
 
 check-tests: $(VENV)/.dev  ## pytest only
 	@echo "== tests"
-	$(BIN)/python -m pytest tests -q --durations=5 $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/browser -q --durations=5 $(ARGS)
+
+# a browser that is not there is installed, where Debian's packages can be
+check-browser: $(VENV)/.dev  ## widgets, laid inspect and the site in a real browser (make docs first)
+	@echo "== browser"
+	@command -v chromium || command -v chromium-browser || command -v google-chrome || \
+	  { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium fonts-dejavu-core; } || \
+	  { echo "make check-browser: install Chromium or Chrome (Debian: apt-get install chromium fonts-dejavu-core)" >&2; exit 1; }
+	$(BIN)/python -m pytest tests/browser -q --durations=5 $(ARGS)
 
 check-docs: $(VENV)/.dev
 	@echo "== site"

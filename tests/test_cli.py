@@ -1,16 +1,20 @@
 """The command `laid`: what each command writes, that it resumes, and that bad input is one line and exit code 2."""
 import json
+import re
 import shutil
+import socket
 import subprocess
 import sys
+from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from laid_nb import __version__, cli
+from laid_nb import __version__, cli, inspector
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
@@ -71,7 +75,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"laid {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "spectra", "anchors"])
+@pytest.mark.parametrize("command", ["demo", "train", "eval", "spectra", "inspect", "anchors"])
 def test_every_command_has_help(command, capsys):
     ok([command, "--help"])
     assert "--out" in capsys.readouterr().out
@@ -439,3 +443,61 @@ def test_checkpoint_that_is_cut(pair, work, capsys, tmp_path_factory):
     shutil.copytree(pair/"student", folder/"student")
     (folder/"student/model.safetensors").write_bytes((folder/"student/model.safetensors").read_bytes()[:1000])
     refused(capsys, work, ["eval", folder/"student", "--pictures"], "cannot load the model")
+
+
+# --- laid inspect -------------------------------------------------------------
+
+@pytest.fixture
+def served(monkeypatch):
+    "What the server was called with."
+    calls = []
+    monkeypatch.setattr(cli, "serve", lambda *args: calls.append(args))
+    return calls
+
+
+def listed(folder="laid-inspect"):
+    "Names and files in the notebook, as its code has them."
+    notebook = nbformat.read(f"{folder}/inspect.ipynb", 4)
+    nbformat.validate(notebook)
+    found = {}
+    exec(re.search(r"^files = \{.*?^\}", "\n".join(c.source for c in notebook.cells if c.cell_type == "code"), re.S | re.M)[0], found)
+    return found["files"]
+
+
+def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
+    read, reads = inspector.read_heads, []
+    monkeypatch.setattr(inspector, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
+    def run(*more): reads.clear(); ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more]); return reads
+    assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
+    files = listed()
+    assert list(files) == ["teacher", "student"] and [inspector.HeadSpectra.load(f).images for f in files["student"]] == [1, 3]
+    assert run("--sizes", "1,3") == [] and listed() == files
+    assert run("--sizes", "1,3,4") == [[4, 4]]*2 and run("--sizes", "3", "--seed", 1) == [[3, 3]]*2
+    assert served[0] == (Path("laid-inspect/inspect.ipynb"), 1234, False, False)
+
+
+def test_inspect_opens_the_embedded_models_without_reading(work, served, monkeypatch):
+    monkeypatch.setattr(cli, "load_model", None)
+    ok(["inspect", "--lab"])
+    assert {name: [(s.name, s.images) for s in map(inspector.HeadSpectra.load, files)] for name, files in listed().items()} == {name: [(name, n) for n in cli.READ["sizes"]] for name in cli.EMBEDDED}
+    assert served[0][2:] == (True, True)
+
+
+def test_inspect_reads_the_haystacks_of_files(pair, files, work, served):
+    ok(["inspect", pair/"student", *files()])
+    assert [inspector.HeadSpectra.load(f).images for f in listed()["student"]] == [2]
+
+
+@pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image-root",))])
+def test_bad_arguments_of_inspect(options, words, work, served, capsys):
+    refused(capsys, work, ["inspect", *options], *words)
+    assert not served
+
+
+def test_inspect_says_what_is_missing(work, served, capsys, monkeypatch):
+    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
+    refused(capsys, work, ["inspect"], 'pip install "laid_nb[inspect]"')
+
+
+def test_inspect_wants_a_port_that_is_free(work, served, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken: refused(capsys, work, ["inspect", "--port", taken.getsockname()[1]], str(taken.getsockname()[1]), "in use")

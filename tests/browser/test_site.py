@@ -1,0 +1,69 @@
+"""The built site in a browser: nothing from another host, no error, and what a reader does works."""
+import pytest
+from conftest import Watched
+
+
+@pytest.fixture
+def look(browser, site):
+    "Open a page of the site by its path."
+    opened = []
+    def get(path, **options):
+        opened.append(Watched(browser, None, **options))
+        opened[-1].page.goto(f"{site}/{path}")
+        return opened[-1].page
+    yield get
+    for watched in opened:
+        watched.page.wait_for_load_state("networkidle")
+        watched.check()
+        watched.page.close()
+
+
+def pages(page):
+    "Paths of the pages in the navigation."
+    found = page.locator(".md-nav--primary a.md-nav__link[href]").evaluate_all("links => links.map(a => new URL(a.href)).filter(u => u.host === location.host).map(u => u.pathname.slice(1))")
+    return sorted(set(found))
+
+
+def test_every_page_of_the_navigation_fits_a_phone(look, site):
+    page = look("index.html", viewport=dict(width=390, height=844))
+    found = pages(page)
+    assert len(found) > 15, found
+    wide = {}
+    for path in found:
+        assert page.goto(f"{site}/{path}").ok, path
+        page.locator("h1").first.wait_for()
+        page.wait_for_function("!window.MathJax?.startup?.promise || MathJax.startup.promise.then(() => true)")
+        wide[path] = page.evaluate("document.scrollingElement.scrollWidth")
+    assert all(width <= 390 for width in wide.values()), {path: width for path, width in wide.items() if width > 390}
+
+
+def test_maths_is_drawn(look):
+    page = look("00_rope.html")
+    page.locator("mjx-container svg").first.wait_for()
+    assert page.locator("mjx-container").count() > 5 and page.locator("mjx-merror, [data-mjx-error]").count() == 0
+
+
+def test_the_search_finds_the_needle(look):
+    page = look("index.html")
+    page.keyboard.press("/")
+    page.keyboard.type("needle")
+    page.locator(".md-search-result__item").first.wait_for()
+    assert "needle" in page.locator(".md-search-result__item").first.inner_text().lower()
+    page.locator(".md-search-result__item a").first.click()
+    page.wait_for_url(lambda url: "index.html" not in url)
+    assert "needle" in page.locator("article").inner_text().lower()
+
+
+def test_the_dark_scheme_is_a_click_away_and_stays(look):
+    page = look("index.html", color_scheme="light")
+    assert page.locator("body").get_attribute("data-md-color-scheme") == "default"
+    page.locator("label[for=__palette_1]:visible, label[for=__palette_2]:visible").first.click()
+    page.locator('body[data-md-color-scheme="slate"]').wait_for()
+    page.goto(page.url.replace("index.html", "glossary.html"))
+    page.locator('body[data-md-color-scheme="slate"]').wait_for()
+
+
+def test_figures_have_words(look):
+    page = look("02_spectra.html")
+    figures = page.locator("article img")
+    assert figures.count() and all(figures.evaluate_all("images => images.map(i => i.alt.trim())"))
