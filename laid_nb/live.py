@@ -42,11 +42,11 @@ class LiveView(Inspector, TrainerCallback):
         every: int = 10,  # steps between measurements
     ):
         if every < 1: raise ValueError(f"every is {every}: need 1 step or more")
-        self.trainer, self.every, self.history, self.seconds, self._busy, self._drawn, self._handle = trainer, every, {}, dict(reading=0., drawing=0.), True, (0., 0.), None
+        self.trainer, self.every, self.history, self.seconds, self._busy, self._drawn, self._handle, self._began, self._ended = trainer, every, {}, dict(reading=0., drawing=0.), True, (0., 0.), None, time.perf_counter(), None
         data = getattr(trainer.train_dataset, "data", trainer.train_dataset)  # of Recomposed: the samples as they were given
         self.haystacks = [data[i] for i in range(min(2, len(data)))] if haystacks is None else list(haystacks)
         slider = widgets.SelectionSlider(options=[("", 0)], description="step", layout=dict(width="26em"))
-        self.choices = dict(pair=widgets.Dropdown(description="layers", layout=dict(width="13em")), which=widgets.ToggleButtons(options=[("queries", "q"), ("keys", "k")], style=dict(button_width="5em")),
+        self.choices = dict(pair=widgets.Dropdown(description="layers", layout=dict(width="13em")), which=widgets.ToggleButtons(options=[("queries", "q"), ("keys", "k")], style=dict(button_width="6em")),
                             student_head=widgets.Dropdown(description="student head", style=dict(description_width="initial"), layout=dict(width="13em")), step=slider)
         self.status = widgets.HTML()
         for name, choice in self.choices.items(): choice.observe(lambda change, name=name: self._busy or setattr(self, name, change["new"]), "value")
@@ -113,12 +113,12 @@ class LiveView(Inspector, TrainerCallback):
             self._show()
         finally: self._busy = False
 
-    def _cost(self): return f"reading took {self.seconds['reading']:.1f} s, drawing {self.seconds['drawing']:.1f} s" + (f" of {time.perf_counter() - self._began:.1f} s" if hasattr(self, "_began") else "")
+    def _cost(self): return f"reading took {self.seconds['reading']:.1f} s, drawing {self.seconds['drawing']:.1f} s of {(self._ended or time.perf_counter()) - self._began:.1f} s"
 
     # --- as a callback ---
     def on_train_begin(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
-        self._began, self.seconds = time.perf_counter(), dict(reading=0., drawing=0.)
+        self._began, self._ended, self.seconds = time.perf_counter(), None, dict(reading=0., drawing=0.)
         self._specs = pair_specs(self.trainer.model, self.trainer.teacher, self.trainer.mixing or ())
         self.history = {step: views for step, views in self.history.items() if step < state.global_step}  # of a run that is resumed here
         self.read(state.global_step)
@@ -136,6 +136,7 @@ class LiveView(Inspector, TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         if not state.is_world_process_zero: return
         if state.global_step not in self.history: self.read(state.global_step)
+        self._ended = time.perf_counter()
         if self._handle is not None:
             self._settle()
             self._timed(lambda: self._handle.update(self))  # what a page without a kernel shows is the last picture, not the first
@@ -186,9 +187,10 @@ def plot_training(
     axes.yaxis.set_major_formatter(PLAIN)
     axes.yaxis.set_minor_formatter(PLAIN)
     axes.yaxis.set_minor_locator(NullLocator())
-    if losses: axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.05), borderpad=0)
+    if not losses: axes.set(xticks=[], yticks=[])
+    else: axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.05), borderpad=0)
     axes.set_title(axes.get_title(), fontsize=9, y=1, pad=4)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    if losses: axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     if view is None: return figure
     time, weights, response, energy = view.steps.tolist().index(step), *(figure.add_axes((x, .1, .25, .35)) for x in (.07, .39, .72))
     moved = torch.stack([view.cells(i)[head] for i in range(len(view.steps))])  # [times, teacher heads]
@@ -196,15 +198,16 @@ def plot_training(
     for i, line in enumerate(moved.T): weights.plot(view.steps, line, color=colours[i], linewidth=1.4, marker=".", markersize=4)
     for i in moved[-1].abs().topk(min(8, moved.shape[1])).indices.tolist(): weights.annotate(str(i), (view.steps[-1], moved[-1, i]), (4, 0), textcoords="offset points", fontsize=8, color=colours[i], va="center")
     weights.margins(x=.1)
+    if len(view.steps) == 1: weights.set_xlim(step - 1, step + 1)
     weights.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     weights.set(title=f"weights of {'query' if view.which == 'q' else 'key'} head {head} on teacher heads", xlabel="step", ylim=(0 if moved.min() >= 0 else -view.limit()*1.05, view.limit()*1.05))
-    _plot_response(response, view, -1, [(view.mixture[time, head, -1], MIXTURE, "sum of teacher heads"), (view.own[0, head, -1], BEFORE, f"student, step {view.steps[0]}"), (view.own[time, head, -1], AFTER if time else BEFORE, f"student, step {step}")])
-    _plot_energy(energy, view, -1, [(view.energy[time, head], MIXTURE, ""), (view.own_energy[0, head], BEFORE, ""), (view.own_energy[time, head], AFTER if time else BEFORE, "")])
-    response.lines[0].set_alpha(.5)
+    own = [(0, BEFORE), (time, AFTER)][:2 if time else 1]
+    _plot_response(response, view, -1, [(view.mixture[time, head, -1], MIXTURE, "sum of teacher heads"), *((view.own[i, head, -1], colour, f"student, step {view.steps[i]}") for i, colour in own)])
+    _plot_energy(energy, view, -1, [(view.energy[time, head], MIXTURE, ""), *((view.own_energy[i, head], colour, "") for i, colour in own)])
     response.set(title=f"mean logit at step {step}", xlabel="distance in tokens, plus one")
     share = view.explained[time, head]
-    energy.set(title=f"mean energy; share explained {share:.0%}" if share.isfinite() else "mean energy", xlabel="RoPE band")
-    for ax in (axes, weights): ax.axvline(step, color="0.6", linestyle=":", linewidth=1)
+    energy.set(title=f"mean energy; explained {share:.0%}" if share.isfinite() else "mean energy", xlabel="RoPE band")
+    for ax in (axes, weights) if losses else (): ax.axvline(step, color="0.6", linestyle=":", linewidth=1)
     response.legend(fontsize=7, frameon=False, loc="upper right")
     for ax in figure.axes[1:]: ax.set_title(ax.get_title(), fontsize=9, y=1, pad=4)
     return figure

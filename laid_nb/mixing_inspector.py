@@ -283,12 +283,12 @@ def _plot_row(axes, view, time, head, band, teacher_head):
         if teacher_head is not None: axes.axvspan(teacher_head - .5, teacher_head + .5, color="C1", alpha=.35, linewidth=0)
         axes.vlines(range(columns), 0, values.numpy(), colors=colours, linewidth=width)
         axes.axhline(0, color="0.7", linewidth=.8)
-        axes.set(xticks=names, xlim=(-.5, columns - .5), ylim=(-limit if float(view.weights.real.min()) < 0 and not w.is_complex() else 0, limit), xlabel="teacher head" + (", coloured by phase" if w.is_complex() else ""))
+        axes.set(xticks=names, xlim=(-.5, columns - .5), ylim=(-limit if float(view.weights.real.min()) < 0 and not w.is_complex() else 0, limit), xlabel="teacher head" + ("; phase: grey 0, blue below, red above" if w.is_complex() else ""))
         return
     limit = view.limit(0)
     image = dict(cmap="twilight_shifted", vmin=-math.pi, vmax=math.pi, alpha=(w.abs()/limit).clamp(0, 1).numpy()) if w.is_complex() else dict(cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.imshow((w.angle() if w.is_complex() else w).numpy(), aspect="auto", interpolation="nearest", **image)
-    axes.set(yticks=names, xlabel="band" + (", colour: phase, strength: gain" if w.is_complex() else f"; red: up to {limit:.2g}, blue: down to {-limit:.2g}"))
+    axes.set(yticks=names, xlabel="band" + ("; phase: blue below 0, red above; strength: gain" if w.is_complex() else f"; red: up to {limit:.2g}, blue: down to {-limit:.2g}"))
     if teacher_head is not None: axes.axhspan(teacher_head - .5, teacher_head + .5, fill=False, edgecolor="C1", linewidth=2)
 
 def _plot_response(axes, view, band, lines):
@@ -341,7 +341,7 @@ def plot_mixture(
         _plot_energy(line[2], view, band, [(view.energy[time, head], MIXTURE, "sum of teacher heads"), (view.own_energy[time, head], own, "student's own head")])
         share = view.explained[time, head]
         line[0].set_ylabel(("before training" if time == 0 and view.steps[0] == 0 else f"step {view.steps[time]}") + "\n" + ("weight" if view.weights.ndim == 3 or band >= 0 else "teacher head"))
-        titles = ("weights" + ("" if view.form == "scalar" else f", {view.band_name(band)}"), "mean logit" + ("" if band < 0 else f" of {view.band_name(band)}"), "mean energy by band" + (f"; share explained {share:.0%}" if share.isfinite() else ""))
+        titles = ("weights" + ("" if view.form == "scalar" else f", {view.band_name(band)}"), "mean logit" + ("" if band < 0 else f" of {view.band_name(band)}"), "mean energy by band" + (f"; explained {share:.0%}" if share.isfinite() else ""))
         if time != times[-1]:
             for axes in line: axes.set(xlabel="", xticks=[])
         for axes, title in zip(line, titles): axes.set_title(title, fontsize=9, y=1, pad=4)  # a fixed place: to look for one takes longer than to draw
