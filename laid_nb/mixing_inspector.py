@@ -288,7 +288,7 @@ def _plot_row(axes, view, time, head, band, teacher_head):
     limit = view.limit(0)
     image = dict(cmap="twilight_shifted", vmin=-math.pi, vmax=math.pi, alpha=(w.abs()/limit).clamp(0, 1).numpy()) if w.is_complex() else dict(cmap="RdBu_r", vmin=-limit, vmax=limit)
     axes.imshow((w.angle() if w.is_complex() else w).numpy(), aspect="auto", interpolation="nearest", **image)
-    axes.set(yticks=names, xlabel="band" + ("; phase: blue below 0, red above; strength: gain" if w.is_complex() else f"; red: up to {limit:.2g}, blue: down to {-limit:.2g}"))
+    axes.set(yticks=names, xlabel="band" + ("; hue: phase, strength: gain" if w.is_complex() else f"; red: up to {limit:.2g}, blue: down to {-limit:.2g}"))
     if teacher_head is not None: axes.axhspan(teacher_head - .5, teacher_head + .5, fill=False, edgecolor="C1", linewidth=2)
 
 def _plot_response(axes, view, band, lines):
@@ -455,5 +455,5 @@ class MixingInspector(Inspector):
         view, time = self.view, self.view.steps.tolist().index(self.step)
         w, share = view.cells(time, self.band)[self.student_head], view.explained[time, self.student_head]
         best = int(w.abs().argmax())
-        return (f"{'queries' if self.which == 'q' else 'keys'} of layers {self.pair}, {self.form} weights at step {self.step}, {view.band_name(self.band)}: student head {self.student_head} follows teacher head {best} most, with {w[best]:.2f}"
-                + (f", and teacher head {self.teacher_head} with {w[self.teacher_head]:.2f}" if self.teacher_head != best else "") + (f"; the sum explains {share:.0%} of it" if share.isfinite() else ""))
+        return (f"{'queries' if self.which == 'q' else 'keys'} of layers {self.pair}, {self.form} weights at step {self.step}, {view.band_name(self.band)}: student head {self.student_head} follows teacher head {best} most, with {w[best]:.2f}, "
+                f"and teacher head {self.teacher_head} with {w[self.teacher_head]:.2f}" + (f"; the sum explains {share:.0%} of it" if share.isfinite() else ""))
