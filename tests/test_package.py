@@ -33,12 +33,12 @@ def imported(module):
 
 
 def place_of_each_module():
-    "Module name -> number of its notebook."
+    "Module name -> number of its notebook, such as 12 or 12a; as text these are in order."
     places = {}
     for notebook in NOTEBOOKS:
         for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
             words = source(cell).split()
-            if words[:2] == ["#|", "default_exp"]: places[words[2]] = int(notebook.name[:2])
+            if words[:2] == ["#|", "default_exp"]: places[words[2]] = notebook.name.split("_")[0]
     return places
 
 
