@@ -6,7 +6,7 @@
 __all__ = ['RopeSpec', 'rope_spec', 'resolved_bands', 'plot_bands', 'rope_series', 'plot_series', 'bin_power', 'leakage']
 
 # %% ../nbs/00_rope.ipynb #imports
-import importlib, inspect, math, re
+import functools, importlib, inspect, math, re
 from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
@@ -70,13 +70,15 @@ class RopeSpec:
         return torch.cat([turned, x[..., self.rotary_dim:]], -1)
 
 # %% ../nbs/00_rope.ipynb #find
+_source = functools.cache(inspect.getsource)   # of a class, which takes ten times as long as all the rest
+
 def _stock(
     text, # a text config
 ):
     "The rotary module that the family's text model builds, and the function that applies it. ValueError where there is none to ask."
     names = vars(importlib.import_module(type(text).__module__.replace("configuration_", "modeling_")))
     models = [c for c in names.values() if getattr(c, "config_class", None) is type(text)]
-    built = {n for c in models for n in re.findall(r"(\w+RotaryEmbedding)\((?:config=)?(?:self\.)?config\)", inspect.getsource(c))}
+    built = {n for c in models for n in re.findall(r"(\w+RotaryEmbedding)\((?:config=)?(?:self\.)?config\)", _source(c))}
     if len(built) != 1 or "apply_rotary_pos_emb" not in names or hasattr(text, "qk_rope_head_dim"):
         raise ValueError(f"the RoPE of {text.model_type!r} is not of a known form (one rotary module with cos and sin that turns the first dimensions of every head)")
     return names[built.pop()](text), names["apply_rotary_pos_emb"]
@@ -120,7 +122,7 @@ def _turner(
     length, # None, or positions of the whole input
 ):
     "A function (T, H, W) -> `[rotary_dim, rotary_dim]`: where the family's RoPE takes unit vector i (row i) at these positions."
-    axes = 3 if "mrope_section" in inspect.getsource(type(rotary)) else 1
+    axes = 3 if "mrope_section" in _source(type(rotary)) else 1
     def turn(*position):
         here = torch.tensor(position[:axes])[:, None, None]               # [axes, 1, 1]
         both = torch.cat([here, torch.full_like(here, length - 1) if length else here], -1)
@@ -237,8 +239,9 @@ def bin_power(
     power = torch.fft.rfft(response.double())[..., 1:].abs().square()
     if window % 2 == 0: power[..., -1] /= 2                               # every other bin stands for its mirror image too
     bins = torch.arange(1, window // 2 + 1, dtype=torch.float64, device=response.device)
-    lines = inv_freq.double().to(response.device) * window / (2 * math.pi)                    # in bins
-    return power, (bins[:, None] - lines).abs().amin(-1) > 1 + 1e-6
+    lines = (inv_freq.double().to(response.device) * window / (2 * math.pi)).sort().values    # in bins
+    after = torch.searchsorted(lines, bins).clamp(max=len(lines) - 1)                         # the nearest line is this one or the one before
+    return power, torch.minimum((bins - lines[after]).abs(), (bins - lines[(after - 1).clamp(min=0)]).abs()) > 1 + 1e-6
 
 def leakage(
     response, # [..., distances], at distances 0, 1, ... W - 1 of the window
