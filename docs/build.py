@@ -1,7 +1,7 @@
 """The documentation site. `python docs/build.py`: notebooks and the pages of docs/ -> _docs_src/ -> site/, checked. No network, nothing is run.
 
 Also a hook of mkdocs: a notebook's HTML gets the theme's own markup instead of JupyterLab's style sheets."""
-import argparse, ast, base64, configparser, html, importlib, io, json, logging, os, re, shutil, sys, time
+import argparse, ast, base64, configparser, html, importlib, inspect, io, json, logging, os, re, shutil, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -217,7 +217,7 @@ def processed(
         cells.append(plain)
         public = [n for n in defined(plain["source"]) if n in module.__all__] if exported and module else []
         for name in public:
-            body = reference.documented(getattr(module, name)) if callable(getattr(module, name)) else ""
+            body = reference.documented(getattr(module, name)) if inspect.isclass(getattr(module, name)) or inspect.isroutine(getattr(module, name)) else ""
             here = links.relative(names.page(name, module.__name__.split(".")[-1]))
             text = f'<details class="laid-api"><summary><code>{name}</code>: parameters</summary>\n\n{body}\n[{name} in the API]({here})\n\n</details>' if body else f'<p class="laid-api"><a href="{here}"><code>{name}</code> in the API</a></p>'
             cells.append(dict(cell_type="markdown", id=f"api-{name.replace('_', '-')}"[:64], metadata={}, source=text))
