@@ -206,14 +206,14 @@ def self_extend(
 
 # %% ../nbs/11_baselines.ipynb #image-attention
 def _last_row(
-    q,  # [batch, heads, tokens, head_dim], as captured, after RoPE; with a KV cache those of the last tokens only
+    q,  # [batch, heads, tokens, head_dim], as captured, after RoPE
     k,  # [batch, kv_heads, tokens, head_dim]
     real,  # [batch, tokens] bool
     scaling,  # factor of the logits, as cache.scaling[layer]
 ):  # -> [batch, heads, tokens]
     "Attention of each sample's last real token."
     dtype, place = torch.promote_types(q.dtype, torch.float32), torch.arange(real.shape[1], device=real.device)
-    last = torch.where(real, place, -1).amax(1) - (real.shape[1] - q.shape[2])
+    last = torch.where(real, place, -1).amax(1)
     row = q[torch.arange(len(q), device=q.device), :, last].to(dtype).unflatten(1, (k.shape[1], -1))  # [batch, kv_heads, group, head_dim]
     logits = (row @ k.to(dtype).mT * scaling).flatten(1, 2)
     return logits.masked_fill(~real[:, None], -torch.inf).softmax(-1)
