@@ -366,7 +366,7 @@ def plot_head(
     "Response, power, band energy and attention of heads (ours). ValueError for another unit."
     if unit not in ("tokens", "positions"): raise ValueError(f"unit is {unit!r}: \"tokens\" or \"positions\" are possible")
     figure = Figure(figsize=(8.6, 5.6), dpi=80)
-    (a, b), (c, d) = figure.subplots(2, 2, gridspec_kw=dict(left=.075, right=.985, bottom=.09, top=.86, hspace=.42, wspace=.2))
+    (a, b), (c, d) = figure.subplots(2, 2, gridspec_kw=dict(left=.075, right=.985, bottom=.09, top=.87 - .07*((len(shown) - 1)//3), hspace=.42, wspace=.2))
     part = "" if unit == "tokens" else "position_"
     longest = max(int(getattr(s, part + "edges")[-1]) for s, *_ in shown)
     for i, (s, layer, head) in enumerate(shown):
@@ -380,8 +380,9 @@ def plot_head(
         c.plot(s.k_energy[layer, kv].numpy(), ".", markersize=5, color=style["color"])
         mass, edges = _thin(s.mass[layer, head], s.edges, True)
         d.plot(edges + 1, np.append(mass, mass[-1]), drawstyle="steps-post", **style)
-        figure.text(.075 + .31*(i % 3), .96 - .035*(i//3), f"— {s.name}, layer {layer}, head {head}", color=style["color"], fontsize=10, weight="bold")
-        d.text(.02, .26 - .1*i, f"nearby {s.local[layer, head]:.0%}, far {s.far[layer, head]:.0%}, needle {s.needle[layer, head]:.0%}", color=style["color"], fontsize=8, transform=d.transAxes)
+        place = dict(x=.075 + .31*(i % 3), color=style["color"])
+        figure.text(y=.965 - .07*(i//3), s=f"{s.name}, layer {layer}, head {head}", fontsize=10, weight="bold", **place)
+        figure.text(y=.935 - .07*(i//3), s=f"nearby {s.local[layer, head]:.0%}, far {s.far[layer, head]:.0%}, needle {s.needle[layer, head]:.0%}", fontsize=8, **place)
     spec, first = shown[0][0].spec, shown[0][0]
     scale = 1 if unit == "positions" else int(first.edges[-1])/int(first.position_edges[-1])
     for axis, name in enumerate("THW" if spec.axis.any() else ["bands"]):
