@@ -53,12 +53,51 @@ widgets.VBox([grid, Wrong()])"""
     assert "shown: wrong in draw" in str(error.value) and "kernel: wrong in draw" in str(error.value) and "wrong in observe" in str(error.value)
 
 
-def test_wave(notebook):
+def test_head_inspector(notebook, screen):
     page = notebook("12_inspector")
-    wave = page.locator(".laid").first
-    handle = wave.locator(".noUi-handle").first
+    inspector = page.locator(".laid").nth(1)
+    inspector.scroll_into_view_if_needed()
+    picture, grid = inspector.locator("img"), inspector.locator(".laid-grid").first
+    cells = grid.locator(".laid-grid-cells")
+    chosen = picture.get_attribute("alt")
+    assert "student, layer 1, head 0" in changed(picture, lambda: cells.hover(position=dict(x=5, y=30)))
+    assert "layer 1, head 0" in grid.locator(".laid-grid-readout").inner_text()
+    assert changed(picture, lambda: page.mouse.move(0, 0)) == chosen
+    assert "student, layer 2, head 0" in changed(picture, lambda: cells.click(position=dict(x=5, y=56)))
+    assert "student, layer 2, head 1" in changed(picture, lambda: page.keyboard.press("ArrowRight"))
+    page.mouse.move(0, 0)
+    assert "distance in positions" in changed(picture, lambda: inspector.get_by_role("button", name="positions").click())
+    screen("inspector", inspector)
+
+
+def test_playground(notebook, screen):
+    page = notebook("12b_playground")
+    playground = page.locator(".laid").last
+    playground.scroll_into_view_if_needed()
+    picture, handle = playground.locator("img"), playground.locator(".noUi-handle").first
     handle.focus()
-    assert changed(wave.locator("img"), lambda: page.keyboard.press("ArrowLeft")) == "a sine of 3 turns"
+    before = picture.get_attribute("alt")
+    assert changed(picture, lambda: page.keyboard.press("ArrowLeft")) != before  # theta, a step down
+    box = handle.bounding_box()
+    def drag():
+        page.mouse.move(box["x"] + box["width"]/2, box["y"] + box["height"]/2)
+        page.mouse.down()
+        page.mouse.move(box["x"] - 60, box["y"] + box["height"]/2, steps=3)
+        page.mouse.up()
+    assert changed(picture, drag) != before
+    assert changed(picture, lambda: playground.locator("select").first.select_option("YaRN")) != before
+    screen("playground", playground)
+
+
+def test_viewer(notebook, screen):
+    page = notebook("12c_viewer")
+    viewer = page.locator(".laid").last
+    viewer.scroll_into_view_if_needed()
+    picture = viewer.locator("img")
+    before = picture.get_attribute("alt")
+    assert changed(picture, lambda: viewer.locator("select").nth(1).select_option(index=1)) != before  # another question
+    assert changed(picture, lambda: viewer.locator("select").nth(3).select_option("mean"))
+    screen("viewer", viewer)
 
 
 def test_mixing_inspector(notebook, screen):
