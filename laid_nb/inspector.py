@@ -138,6 +138,7 @@ function render({ model, el }) {
     if (!step) return;
     event.preventDefault(); event.stopPropagation();
     const [row, column] = get("selected").length ? get("selected") : [0, 0], clip = (x, n) => Math.max(0, Math.min(n - 1, x));
+    model.set("hovered", []);  // the pointer may still rest on the grid
     set("selected", [clip(row + step[0], get("rows")), clip(column + step[1], get("columns"))]);
   });
   const names = ["values", "rows", "columns", "colours", "low", "high", "group", "title", "unit", "selected", "hovered"].map(name => "change:" + name).join(" ");

@@ -66,7 +66,7 @@ def test_head_inspector(notebook, screen):
     assert "student, layer 2, head 0" in changed(picture, lambda: cells.click(position=dict(x=5, y=56)))
     assert "student, layer 2, head 1" in changed(picture, lambda: page.keyboard.press("ArrowRight"))
     page.mouse.move(0, 0)
-    assert "distance in positions" in changed(picture, lambda: inspector.get_by_role("button", name="positions").click())
+    assert "distance in tokens" in changed(picture, lambda: inspector.get_by_role("button", name="tokens").click())
     screen("inspector", inspector)
 
 
@@ -95,7 +95,7 @@ def test_viewer(notebook, screen):
     viewer.scroll_into_view_if_needed()
     picture = viewer.locator("img")
     before = picture.get_attribute("alt")
-    assert changed(picture, lambda: viewer.locator("select").nth(1).select_option(index=1)) != before  # another question
+    assert changed(picture, lambda: viewer.locator("select").nth(1).select_option(index=2)) != before  # another question
     assert changed(picture, lambda: viewer.locator("select").nth(3).select_option("mean"))
     screen("viewer", viewer)
 
