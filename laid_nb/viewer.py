@@ -235,9 +235,10 @@ class HaystackViewer(Inspector):
         self.haystacks, self.readings = {h.id: h for h in haystacks}, list(readings)
         if not haystacks or len(self.haystacks) < len(haystacks): raise ValueError(f"the viewer needs haystacks with ids of their own, got {[h.id for h in haystacks]}")
         _check_readings(self.haystacks, self.readings)
-        wide = {"haystack": "20em", "question": "34em", "token": "17em", "layer": "13em", "head": "13em"}
-        self.controls = {name: widgets.Dropdown(description=name, style=dict(description_width="5em"), layout=dict(width=width, max_width="100%")) for name, width in wide.items()}
-        super().__init__(widgets.HBox(list(self.controls.values()), layout=dict(flex_flow="row wrap")), file="haystack.png")
+        wide = {"haystack": "20em", "question": "34em", "token": "20em", "layer": "13em", "head": "13em"}
+        self.controls = {name: widgets.Dropdown(description=name, style=dict(description_width="5em"), layout=dict(width=width, max_width="96%")) for name, width in wide.items()}
+        rows = ("haystack", "question"), ("token", "layer", "head")
+        super().__init__(*(widgets.HBox([self.controls[name] for name in row], layout=dict(flex_flow="row wrap")) for row in rows), file="haystack.png")
         self._syncing, self._shown = False, None
         for name, control in self.controls.items(): control.observe(lambda change, name=name: self._syncing or self.guarded(setattr, self, name, change["new"]), "value")
         self.set_trait("haystack", haystacks[0].id)
