@@ -442,9 +442,9 @@ class HeadInspector(Inspector):
         first = self.spectra[self.names[0], self.sizes[0]]
         self.grid = HeadGrid(first.needle, (0, 1), group=first.heads[1]//first.heads[2])
         self.kv_grid = HeadGrid(self._blind(first), (0, 1), column_label="KV head", colours="magma", title="keys: energy that cannot tell positions apart")
-        self.controls = dict(model=widgets.Dropdown(options=self.names), images=widgets.Dropdown(options=self.sizes), map=widgets.Dropdown(options=list(MAPS)), unit=widgets.ToggleButtons(options=["tokens", "positions"], style=dict(button_width="6em")),
+        self.controls = dict(model=widgets.Dropdown(options=self.names), images=widgets.Dropdown(options=self.sizes), map=widgets.Dropdown(options=list(MAPS)), unit=widgets.ToggleButtons(options=["tokens", "positions"], style=dict(button_width="7em")),
                              layer=widgets.BoundedIntText(), head=widgets.BoundedIntText(), overlay=widgets.Checkbox(indent=False))
-        for name, control in self.controls.items(): control.description, control.layout.width = {"overlay": "all models", "map": "colours", "unit": ""}.get(name, name), {"layer": "9em", "head": "9em", "overlay": "8em", "map": "20em", "unit": "14em"}.get(name, "13em")
+        for name, control in self.controls.items(): control.description, control.layout.width = {"overlay": "all models", "map": "colours", "unit": ""}.get(name, name), {"layer": "9em", "head": "9em", "overlay": "8em", "map": "20em", "unit": "16em"}.get(name, "13em")
         for name in ("model", "images", "map", "layer", "head"): self.controls[name].style.description_width = "4em"
         rows = [("model", "images", "map"), ("layer", "head", "unit", "overlay")]
         super().__init__(*(widgets.HBox([self.controls[n] for n in row], layout=dict(flex_flow="row wrap")) for row in rows), widgets.HBox([self.grid, self.kv_grid], layout=dict(flex_flow="row wrap")), file="head.png")
