@@ -329,6 +329,8 @@ def run_train(
     if trainer.is_world_process_zero():
         save_model(student, processor, out/"model")
         print(f"written: {out/'model'}; measure it with: laid eval {out/'model'} --pictures")
+    trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
+    trainer.accelerator.end_training()
 
 # %% ../nbs/13_cli.ipynb #spectra
 def run_spectra(
