@@ -107,7 +107,7 @@ class ReadOnce(LaidTrainer):
         what = [inputs["input_ids"], inputs["teacher_features"], how["position_ids"], rows, *(bias or ())]
         key = hashlib.blake2b(b"".join(x.contiguous().cpu().numpy().tobytes() for x in what), digest_size=16).hexdigest()
         layers = sorted({t for _, t in self.specs})
-        path = WORK/"teacher"/f"{key}-{'-'.join(map(str, layers))}.safetensors"
+        path = WORK/"teacher"/f"{key}-{'-'.join(map(str, layers))}{'-hidden'*(self.projections is not None)}.safetensors"
         known = path if path.exists() or layers else next(path.parent.glob(f"{key}-*"), path)  # logits alone: any file of the batch holds them
         if known.exists(): return {k: v.to(self.args.device) for k, v in load_file(known).items()}
         said = super().read_teacher(inputs, how, bias, rows)

@@ -18,7 +18,7 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from transformers import TrainerCallback
 
 from .inspector import Inspector
-from .mixing_inspector import AFTER, BEFORE, MIXTURE, PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights, pair_specs, read_mixing
+from .mixing_inspector import AFTER, BEFORE, MIXTURE, _PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights, pair_specs, read_mixing
 
 # %% ../nbs/12d_live.ipynb #where
 def in_notebook() -> bool:
@@ -184,8 +184,8 @@ def plot_training(
     for name, colour in TERM_COLOURS.items():
         if any(h.get(name, 0) > 0 for h in losses): axes.plot(steps, [h.get(name, float("nan")) for h in losses], color=colour, label=name, linewidth=2 if name == "loss" else 1.3, marker=".", markersize=4)
     axes.set(yscale="log", title="losses, unweighted" if losses else "nothing logged yet", xlabel="step")
-    axes.yaxis.set_major_formatter(PLAIN)
-    axes.yaxis.set_minor_formatter(PLAIN)
+    axes.yaxis.set_major_formatter(_PLAIN)
+    axes.yaxis.set_minor_formatter(_PLAIN)
     axes.yaxis.set_minor_locator(NullLocator())
     if not losses: axes.set(xticks=[], yticks=[])
     else: axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.05), borderpad=0)
