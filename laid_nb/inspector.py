@@ -29,7 +29,7 @@ from .capture import capture
 from .haystack import encode
 from .rope import RopeSpec, resolved_bands, rope_spec
 from .spectra import HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
-from .train import image_inputs, read_groups, read_positions
+from .train import image_inputs, read_groups, read_positions, shared_rope
 
 # %% ../nbs/12_inspector.ipynb #base
 def png(
@@ -270,7 +270,7 @@ def _shared_spec(
     text = model.config.get_text_config(decoder=True)
     specs = [rope_spec(model, layer) for layer in range(text.num_hidden_layers)]
     for layer, spec in enumerate(specs):
-        if not torch.equal(spec.inv_freq, specs[0].inv_freq): raise ValueError(f"layers 0 and {layer} of {text.model_type!r} differ in RoPE: their bands cannot be shown on one axis")
+        if not shared_rope(spec, specs[0]): raise ValueError(f"layers 0 and {layer} of {text.model_type!r} differ in RoPE: their bands cannot be shown on one axis")
     return specs[0]
 
 def _binned(response, per_octave=8):
@@ -309,7 +309,8 @@ def read_heads(
         needles.append(torch.cat([key_activation(q, k, needle, sample["turn"] >= 0, scaling=scaling) for q, k, scaling in every]).cpu())
     response, places = torch.stack([s.response for s in stats]).cpu(), _longest(by_position)
     attention = [torch.stack(x).cpu() for x in zip(*(s.attention for s in stats))]  # mass, sink, entropy
-    local, far = local_global(attention[0], int((groups == 0).sum()), attention[0].shape[-1]//2)
+    image = int((groups == 0).sum())
+    local, far = local_global(attention[0], image, max(image, attention[0].shape[-1]//2))  # one large image may be more than half of the input
     gap = places[..., 1:].isnan().any(1).any(0).nonzero()
     run = places[..., 1:1 + (int(gap[0]) if len(gap) else places.shape[-1])]  # positions without a gap
     edges, position_edges = log_edges(response.shape[-1], 8), log_edges(places.shape[-1], 8)
@@ -317,7 +318,7 @@ def read_heads(
     mean = in_bins(places.nan_to_num(), position_edges)/in_bins(counted.to(places), position_edges)  # nan in a bin without a pair
     wavelength, power = _binned(response)
     position_wavelength, position_power = _binned(run)
-    found = dict(edges=edges, response=in_bins(response.nan_to_num(), edges)/edges.diff(), mass=in_bins(attention[0], edges), position_edges=position_edges, position_response=mean, wavelength=wavelength, power=power,
+    found = dict(edges=edges, response=in_bins(response, edges)/edges.diff(), mass=in_bins(attention[0], edges), position_edges=position_edges, position_response=mean, wavelength=wavelength, power=power,
                  position_wavelength=position_wavelength, position_power=position_power, **{f"{x}_energy": torch.stack([s.energy(x, True) for s in stats]).cpu() for x in "qk"},
                  needle=torch.stack(needles).mean(0), local=local, far=far, sink=attention[1], entropy=attention[2])
     return HeadSpectra(name, sizes[0], spec, **{k: v.float() if v.is_floating_point() else v for k, v in found.items()})

@@ -23,7 +23,7 @@ from torch.nn.functional import one_hot, pad
 from .capture import capture
 from .evaluate import _answer_ids, _grow, _inputs, _plant, _tail, _text
 from .haystack import Haystack
-from .inspector import Inspector
+from .inspector import COLOURS, Inspector
 
 # %% ../nbs/12c_viewer.ipynb #reading
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def look(
     return x[at], f"at {word}, " + ("mean of all heads" if l == h == "mean" else f"{'mean of layers' if l == 'mean' else f'layer {l}'}, {'mean of heads' if h == 'mean' else f'head {h}'}")
 
 # %% ../nbs/12c_viewer.ipynb #plot
-_COLOURS, _NEEDLE = {"teacher": "0.15", "student": "C0", "distilled": "C3"}, "#f0930a"
+_NEEDLE = "#f0930a"
 
 def _mosaic(
     pictures,  # [images] PIL, of any size
@@ -191,7 +191,7 @@ def plot_haystack(
         box = lambda below, high: figure.add_axes([left/wide, (top - below - high)/height, (panel - .7)/wide, high/height])
         shares, label = look(reading, question, asked.needles, token, layer, head)
         yes, no = reading.log_p[question].exp().tolist()
-        colour, right = _COLOURS.get(reading.name, f"C{i + 4}"), bool(reading.right[question])
+        colour, right = COLOURS.get(reading.name, f"C{i + 4}"), bool(reading.right[question])
         figure.text(left/wide, (top - .14)/height, reading.name, fontsize=11, color=colour, weight="bold", va="center")
         figure.text((left + .95)/wide, (top - .14)/height, f"{'Yes' if yes > no else 'No'} ({max(yes, no):.0%}), {'right' if right else 'wrong'}", fontsize=10, color="#1a7f37" if right else "#c62828", va="center")
         if shares is not None:

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb.capture import capture
-from laid_nb.haystack import data_path, encode, picture_haystack
+from laid_nb.haystack import Haystack, data_path, encode, picture_haystack
 from laid_nb.inspector import MAPS, HeadGrid, HeadInspector, HeadSpectra, head_limits, plot_head, png, read_heads
 from laid_nb.rope import RopeSpec
 from laid_nb.spectra import position_response
@@ -54,6 +54,14 @@ def test_two_haystacks_are_the_mean_of_each(student):
     both, one, other = (read_heads(*student, some, "student") for some in ([a, b], [a], [b]))
     torch.testing.assert_close(both.needle, (one.needle + other.needle)/2)
     assert both.images == 3 and both.heads == (3, 2, 1)
+
+
+def test_one_image_that_is_most_of_the_input(student, tmp_path):
+    drawn = picture_haystack(0, 1, 1, "val")
+    drawn.image(0).resize((280, 280)).save(tmp_path/"large.png")
+    read = read_heads(*student, [Haystack((tmp_path/"large.png",), drawn.questions, "large")], "student")
+    assert int(read.edges[-1]) == 133  # tokens, of which the image has 102
+    torch.testing.assert_close(read.local + read.far + read.sink, torch.ones(3, 2))  # nothing between nearby and far
 
 
 def test_position_response_under_mrope(student):
