@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['check_gradient', 'distance', 'laid_loss', 'check_target', 'weighted_power', 'longest_distance', 'resample',
            'fourier_loss', 'distance_weights', 'match_rows', 'match_sample', 'KnownGradients', 'attention_match_loss',
-           'unit_rms', 'hidden_loss', 'supervised_rows', 'kl_loss', 'check_same_tokens', 'total_loss',
-           'needle_attention']
+           'unit_rms', 'hidden_loss', 'supervised_rows', 'kl_loss', 'check_same_tokens', 'total_loss']
 
 # %% ../nbs/04_losses.ipynb #imports
 import math
@@ -357,22 +356,4 @@ def total_loss(
     return sum(used)
 
 # %% ../nbs/04_losses.ipynb #needle
-@torch.no_grad()
-def needle_attention(
-    q: torch.Tensor,  # queries after RoPE [batch, heads, tokens, head_dim]
-    k: torch.Tensor,  # keys after RoPE [batch, kv_heads, tokens, head_dim]
-    rows: torch.Tensor,  # bool [batch, tokens], the query rows to score
-    needle: torch.Tensor,  # bool [batch, tokens], the keys that count
-    mask: torch.Tensor | None,  # [batch, tokens], True or 1 = real; None = all are
-    scaling: float,  # what the model multiplies q·k by, `cache.scaling[layer]`
-    block: int = 256,  # rows scored at a time
-) -> torch.Tensor:  # [heads], in 0..1, float32 (float64 for float64 input)
-    "Mean share of attention from `rows` to `needle` per head, causal over all real tokens (ours). Not for sliding windows, soft-capped logits or biased attention."
-    check_heads(q, k, "queries", "keys")
-    real = real_tokens(mask, q)
-    rows, needle = rows.bool().to(q.device), needle.bool().to(q.device)
-    for x, name in ((rows, "rows"), (needle, "needle")):
-        if x.shape != real.shape: raise ValueError(f"{name} have shape {tuple(x.shape)}, need [batch, tokens] = {tuple(real.shape)}")
-        if (x & ~real).any(): raise ValueError(f"{name} contain padding")
-    if not rows.any() or not needle[rows.any(1)].any(1).all(): raise ValueError("no rows are given, or a sample has rows but no needle")
-    return sum(share.sum(1) for share in needle_shares(q, k, rows, needle, real, scaling, block)) / rows.sum()
+#| export

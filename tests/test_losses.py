@@ -12,11 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from laid_nb.capture import capture
-from laid_nb.losses import (attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss,
-                            unit_rms, weighted_power)
+from laid_nb.align import needle_attention
+from laid_nb.losses import (
+    attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, supervised_rows,
+    total_loss, unit_rms, weighted_power
+)
 from laid_nb.mixing import repeat_kv
 from laid_nb.rope import rope_spec
-from laid_nb.window import multiplicity_bias
+from laid_nb.simulate import multiplicity_bias
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

@@ -15,11 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
-from laid_nb.haystack import PicturePool, picture_haystack, unlabelled
+from laid_nb.haystack import picture_haystack
+from laid_nb.recompose import PicturePool, unlabelled
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.rope import rope_spec
-from laid_nb.train import (OURS, HaystackCollator, LaidConfig, LaidTrainer, Recomposed, SeenEncoder, SizeSampler, add_lora, image_inputs, lora_state, merged, needle_pair, needle_scores, precompute,
-                           read_groups, read_positions, step_generator)
+from laid_nb.align import needle_pair, needle_scores
+from laid_nb.inputs import HaystackCollator, OURS, SizeSampler, image_inputs, precompute, read_groups, read_positions
+from laid_nb.parts import add_lora, lora_state, merged
+from laid_nb.recompose import Recomposed, SeenEncoder
+from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +234,7 @@ def test_teacher_and_student_read_the_same_window(trainer):
 
 
 def test_the_ramp_follows_the_steps(trainer, monkeypatch):
-    from laid_nb.window import WindowSimulation
+    from laid_nb.simulate import WindowSimulation
     seen, sample = [], WindowSimulation.sample
     monkeypatch.setattr(WindowSimulation, "sample", lambda self, *a: seen.append(a[3]) or sample(self, *a))
     trainer(max_gap=100, method="kd", max_steps=4, gradient_accumulation_steps=2).train()
