@@ -522,7 +522,7 @@ class Term:
     "A row of the table of terms: a loss, what it needs, and how it is shown."
     loss: Callable[[Evidence], torch.Tensor]  # -> a scalar, unweighted
     means: str  # one line, for help and pages
-    sees: str  # "answers", "heads" or "streams": what is captured for it
+    sees: str  # "answers", "heads", "attention" (heads of layers that attend causally to all tokens) or "streams"
     methods: tuple[str, ...]  # those that have it by default, with weight alpha (`sft`: the rest)
     colour: str  # in figures
     options: dict[str, tuple] = field(default_factory=dict)  # settings of its own: name -> (type, default, help)
@@ -548,7 +548,7 @@ TERMS["fourier"] = Term(
 TERMS["attention"] = Term(
     lambda e: attention_match_loss(
         *e.heads, e.mask, *e.scalings, positions=e.positions, beta=e.settings.beta * e.level, bias=e.bias),
-    "attention of every token, far keys counting more", sees="heads", methods=METHODS[3:], colour="C6",
+    "attention of every token, far keys counting more", sees="attention", methods=METHODS[3:], colour="C6",
     options={"beta": (float, 1.0, "Attention matching: what the longest distance weighs beyond the shortest, "
                                   "at the end of the ramp.")})
 TERMS["hidden"] = Term(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .haystack import Haystack
-from .inputs import HaystackCollator, add_replies
+from .inputs import HaystackCollator, add_replies, n_images
 
 # %% ../nbs/07d_recompose.ipynb #unlabelled-simple
 def unlabelled(
