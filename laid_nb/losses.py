@@ -534,6 +534,7 @@ class Evidence:
     positions: torch.Tensor | None = None  # [3, batch, tokens] or [batch, tokens], as both models read them
     bias: tuple | None = None  # (rows, keys), each [batch, tokens, images], that both read with; None = none
     turn: torch.Tensor | None = None  # [batch, tokens], the question a token belongs to; -1 up to the last image
+    groups: Callable | None = None  # () -> [batch, tokens], the image a token belongs to; -1 = none
 
 # %% ../nbs/04_losses.ipynb #term
 METHODS = ("sft", "kd", "laid", "laid+")  # each has the terms of the one before, and more
