@@ -398,7 +398,8 @@ def evidence(
         self.args, self.simulation.level(self.progress),
         logits=outputs.logits[rows[:, keep]],  # [tokens of replies, vocabulary]
         answers=inputs["labels"][:, 1:][rows[:, :-1]],  # what the rows should say; -100 where nobody has said
-        mask=inputs["attention_mask"], positions=position_ids, bias=bias, turn=inputs["turn"])
+        mask=inputs["attention_mask"], positions=position_ids, bias=bias, turn=inputs["turn"],
+        groups=lambda: read_groups(self.model, inputs))
     pairs = {}
     if self.teacher is not None:
         said = self.read_teacher(inputs, how, bias, rows)
