@@ -326,7 +326,8 @@ def demo(
     print(f"laid demo {__version__}: how many images can a student search, before and after it learns from its "
           f"teacher?\nTeacher and student answer {plan.questions} questions at each of "
           f"{', '.join(map(str, plan.sizes))} images. "
-          f"Then the student learns on {plan.shortest}–{plan.longest} images,\n{plan.steps} steps each time, by {', by '.join(TRAININGS)}, and is asked again.")
+          f"Then the student learns on {plan.shortest}–{plan.longest} images,\n"
+          f"{plan.steps} steps each time, by {', by '.join(TRAININGS)}, and is asked again.")
     if quick:
         print("With --quick every stage is seen, but trainings are too short and questions too few to compare them.")
     print(f"About {max(1, round(plan.minutes))} min on 2 cores; stop and start again as you like. "

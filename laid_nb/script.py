@@ -127,7 +127,7 @@ def add_command(
     more_help: Callable | None = None,  # () -> text on the flags that `**settings` takes
 ) -> None:
     "A command whose flags, defaults and help are those of a function."
-    text = inspect.getdoc(function)
+    text = inspect.getdoc(function) or name
     parser = commands.add_parser(name, help=text.splitlines()[0], description=text, allow_abbrev=False,
                                  add_help=more_help is None)
     parser.set_defaults(call=function, more_help=more_help)
