@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from laid_nb.cli import hardware, versions
+from laid_nb.store import hardware, versions
 
 RESULTS = Path(__file__).parent.parent/"data"/"results"
 

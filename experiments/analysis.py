@@ -2,7 +2,7 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from laid_nb.evaluate import HALF, Ratio, Window, interval, mean_relative_gain, redraws, wilson, window_draws
+from laid_nb.accuracy import HALF, Ratio, Window, interval, mean_relative_gain, redraws, wilson, window_draws
 
 PAPER_TABLE = {  # accuracy in % at 1, 5, 10, 20, 50, 100 and 150 images (paper, Table 1)
     "32B": (83.79, 79.11, 74.71, 73.34, 68.17, 62.56, 60.65),

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from laid_nb.capture import Cache, capture
-from laid_nb.evaluate import _tail, _text, see, tower_fingerprint
-from laid_nb.train import read_groups, read_positions
-from laid_nb.window import asked_rows, multiplicity_factors
+from laid_nb.evaluate import see
+from laid_nb.inputs import question_ids, question_text
+from laid_nb.store import tower_fingerprint
+from laid_nb.inputs import read_groups, read_positions
+from laid_nb.simulate import asked_rows, multiplicity_factors
 
 PAIR = ["teacher", "student"]
 MODELS = PAIR + [method + inputs for inputs in ("", " + window simulation") for method in ("SFT", "KD", "LAid", "LAid+")]  # rows of reproduce.json
@@ -30,7 +32,7 @@ class Prompt(NamedTuple):
 
 def tails(processor, haystack) -> list[list[int]]:
     "The tokens of each question, behind the last image, as if it were asked alone."
-    return [_tail(processor, _text(processor, haystack, t))[1:] for t in range(len(haystack.questions))]  # without the end of the image
+    return [question_ids(processor, question_text(processor, haystack, t))[1:] for t in range(len(haystack.questions))]  # without the end of the image
 
 
 def prompt(

@@ -23,10 +23,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import PrinterCallback
 
-from laid_nb.cli import cores, exam, hardware, load_model, prepare, slug, train_haystacks, versions, whole, write_json
+from laid_nb.haystack import drawn_test, drawn_training
+from laid_nb.store import atomic_write, cores, hardware, load_model, prepare_process, slug, versions, write_json
 from laid_nb.evaluate import evaluate, see
-from laid_nb.haystack import Haystack, unlabelled
-from laid_nb.train import HaystackCollator, LaidConfig, LaidTrainer, precompute
+from laid_nb.haystack import Haystack
+from laid_nb.recompose import unlabelled
+from laid_nb.inputs import HaystackCollator, precompute
+from laid_nb.train import LaidConfig, LaidTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/"data"/"results"
@@ -88,7 +91,7 @@ def flip_labels(
 @functools.lru_cache(1)
 def pair() -> dict:
     "The embedded teacher and student, on the device, with the processor."
-    device = prepare()
+    device = prepare_process()
     (teacher, _), (student, processor) = load_model("teacher"), load_model("student")
     return dict(teacher=teacher.to(device), student=student.to(device), processor=processor, device=device)
 
@@ -96,7 +99,7 @@ def pair() -> dict:
 @functools.lru_cache(2)
 def pool(seed, number, images, kind, flipped, labels) -> list[dict]:
     "Training haystacks as tensors."
-    haystacks = flip_labels(train_haystacks(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
+    haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
     if not labels: haystacks = unlabelled(haystacks)
     return precompute(haystacks, HaystackCollator(pair()["processor"]), pair()["student"], pair()["teacher"], progress=False)
 
@@ -111,7 +114,7 @@ class ReadOnce(LaidTrainer):
         known = path if path.exists() or layers else next(path.parent.glob(f"{key}-*"), path)  # logits alone: any file of the batch holds them
         if known.exists(): return {k: v.to(self.args.device) for k, v in load_file(known).items()}
         said = super().read_teacher(inputs, how, bias, rows)
-        with whole(path) as part: save_file({k: v.contiguous() for k, v in said.items()}, part)
+        with atomic_write(path) as part: save_file({k: v.contiguous() for k, v in said.items()}, part)
         return said
 
 
@@ -128,7 +131,7 @@ def train(
         trainer = ReadOnce(student, config, pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels), processor, teacher=pair()["teacher"])
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    with whole(run.folder) as part:
+    with atomic_write(run.folder) as part:
         student.save_pretrained(part)
         processor.save_pretrained(part)
         write_json(part/"run.json", dict(run=asdict(run), seconds=round(time.time() - start), log=trainer.state.log_history))
@@ -163,7 +166,7 @@ def tests(
     split: str = "test",  # "val" to choose by, "test" to report
     seed: int = 1,
 ) -> list[Haystack]:
-    return exam(sizes, questions, seed, split)
+    return drawn_test(sizes, questions, seed, split)
 
 
 @functools.lru_cache(4)
@@ -176,7 +179,7 @@ def pictures(
     if not path.exists():
         seen = see(pair()[role], pair()["processor"], tests(sizes, questions, split, seed), progress=False)
         flat = {f"{h} {k}": v.contiguous() for h, inputs in seen.items() if h != "tower" for k, v in inputs.items()}
-        with whole(path) as part: save_file(flat, part, {"tower": seen["tower"]})
+        with atomic_write(path) as part: save_file(flat, part, {"tower": seen["tower"]})
     with safe_open(path, "pt") as f:
         seen = {"tower": f.metadata()["tower"]}
         for name in f.keys(): seen.setdefault(name.split(" ")[0], {})[name.split(" ")[1]] = f.get_tensor(name)

@@ -11,8 +11,8 @@ from transformers import PrinterCallback, TrainerCallback
 
 import reproduce
 from common import RESULTS, Run, log, pair, pool
-from laid_nb.cli import hardware, load_model, save_model, versions, whole
-from laid_nb.haystack import data_path
+from laid_nb.store import atomic_write, hardware, load_model, save_model, versions
+from laid_nb.store import data_path
 from laid_nb.train import LaidConfig, LaidTrainer
 
 
@@ -45,7 +45,7 @@ def main():
     logs = [h for h in trainer.state.log_history if "loss" in h]
     losses = {term: torch.tensor([h[term] for h in logs], dtype=torch.float32) for term in logs[0] if term.startswith("loss")}  # [times but the first]
     made = dict(command="python experiments/distilled.py", run=name, settings=json.dumps(run.settings), steps=str(run.steps), seconds=str(round(time.time() - start)), versions=json.dumps(versions()), hardware=json.dumps(hardware()))
-    with whole(data_path("spectra")/"training.safetensors") as part: save_file({"steps": torch.tensor(watch.steps), **weights, **losses}, part, made)
+    with atomic_write(data_path("spectra")/"training.safetensors") as part: save_file({"steps": torch.tensor(watch.steps), **weights, **losses}, part, made)
     log("written: data/anchors/distilled, data/spectra/training.safetensors")
 
 

@@ -8,7 +8,9 @@ from transformers.cache_utils import DynamicCache
 
 import common
 from laid_nb.anchors import SYSTEM, patchify
-from laid_nb.evaluate import _Trunk, haystack_fingerprint, tower_fingerprint
+from laid_nb.evaluate import PrefixCache
+from laid_nb.haystack import haystack_fingerprint
+from laid_nb.store import tower_fingerprint
 from laid_nb.haystack import render
 
 
@@ -64,7 +66,7 @@ def read(model, processor, features):
     embeds[:, ids == processor.image_token_id] = features.flatten(1, 2)
     place, cache = positions(len(opening), n)[:, None].expand(-1, batch, -1), DynamicCache()
     model.model.language_model(inputs_embeds=embeds, position_ids=place[..., :-1], past_key_values=cache, use_cache=True)
-    return _Trunk(cache, place[:, :1, -1:], len(ids))
+    return PrefixCache(cache, place[:, :1, -1:], len(ids))
 
 
 def tails(processor, haystack):

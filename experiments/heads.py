@@ -8,7 +8,7 @@ import torch
 
 from asking import MODELS, PAIR, prompts, read
 from common import load, log, tests, write
-from laid_nb.losses import needle_attention
+from laid_nb.align import needle_attention
 from laid_nb.rope import leakage, rope_spec
 from laid_nb.spectra import HeadStats, in_bins, key_activation, local_global, log_edges
 

@@ -9,7 +9,7 @@ import json
 import time
 
 from common import QUESTIONS, RESULTS, SEEDS, SIMULATION, SIZES, Run, answers, do_all, finished, log, pictures, shares, spent, tests, write
-from laid_nb.cli import whole
+from laid_nb.store import atomic_write
 import training_free
 from analysis import Results, groups, plot_lines
 
@@ -104,8 +104,8 @@ def main(quick: bool = False, done: bool = False):
     results = Results(models, groups(tests(sizes, questions)))
     write(name, dict(training_seconds=spent(in_order(trainings)), seeds=seeds, steps=steps, haystacks=haystacks, search=searched, training_free=chosen, questions=questions_of(tests(sizes, questions)), summary=results.summary(),
                      with_log_n=sharp, runs={label: [r.id for r in rs] for label, rs in trainings.items()}, models=models), start)
-    with whole(RESULTS/f"{name}.md") as part: part.write_text(results.markdown(sizes) + "\n" + (said(results) if len(sizes) > 4 else ""), encoding="utf-8")
-    with whole(RESULTS/f"{name}.png") as part: plot_lines(results, headline(models)).savefig(part, dpi=130)
+    with atomic_write(RESULTS/f"{name}.md") as part: part.write_text(results.markdown(sizes) + "\n" + (said(results) if len(sizes) > 4 else ""), encoding="utf-8")
+    with atomic_write(RESULTS/f"{name}.png") as part: plot_lines(results, headline(models)).savefig(part, dpi=130)
 
 
 if __name__ == "__main__":

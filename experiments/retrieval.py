@@ -12,7 +12,8 @@ import torch
 import common
 from features import DISTILLED, embed, load_all, read, tails
 from laid_nb.capture import capture
-from laid_nb.evaluate import _answer_ids, _grow, wilson
+from laid_nb.accuracy import wilson
+from laid_nb.evaluate import answer_ids, continue_prefix
 
 CHUNK, KEEP, CROSS = 20, (1, 5, 10), 5  # images of a chunk; images read again; those where retrievers and readers are crossed
 ROWS = 12  # words of the question that may score: "For the image with the X, is there a Y?" up to the first that questions do not share in number
@@ -45,7 +46,7 @@ def chunk_scores(model, processor, features, questions, chunk, pick):
     with capture(model, None if pick is None else pick[0]) as cache:
         for part in features.split(chunk):
             trunk = read(model, processor, part[None])
-            _grow(model, trunk, words, 0, set())
+            continue_prefix(model, trunk, words, 0, set())
             start = trunk.length - 6*len(part)
             parts = [image_logits(cache, layer, start, len(part)) for layer in cache.layers]
             if pick is None: found.append({form: torch.stack([score(p, form) for p in parts], 1) for form in SCORES})
@@ -74,8 +75,8 @@ def choose(model, processor, haystacks):
 @torch.no_grad()
 def answers(model, processor, features, questions):
     "Margins log p(Yes) - log p(No) [questions] of questions that each have images of their own, features [questions, images, 4, hidden], or all the same, [1, images, 4, hidden]."
-    log_p, _ = _grow(model, read(model, processor, features), questions, 0, set())
-    yes, no = _answer_ids(processor.tokenizer)
+    log_p, _ = continue_prefix(model, read(model, processor, features), questions, 0, set())
+    yes, no = answer_ids(processor.tokenizer)
     return log_p[:, yes] - log_p[:, no]
 
 

@@ -11,7 +11,8 @@ from torch.nn.functional import one_hot
 
 from asking import MODELS, PAIR, entropy, few, prompts, read, row_weights
 from common import QUESTIONS, load, log, tests, write
-from laid_nb.evaluate import ask, interval, redraws, wilson
+from laid_nb.accuracy import interval, redraws, wilson
+from laid_nb.evaluate import ask
 
 SIZES = [20, 50, 100, 150]
 FEW, MANY = SIZES[0], SIZES[-1]

@@ -21,7 +21,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .capture import capture
-from .haystack import OBJECTS, Question, Scene, _single, render
+from .haystack import OBJECTS, Question, Scene, single_contents, render
 
 # %% ../nbs/08_anchors.ipynb #processor
 SYSTEM = "You are a helpful assistant."
@@ -232,7 +232,7 @@ class Conversations:
 
     def row(self, rng, n_images, n_questions, lists, hints):
         "One conversation: ids, labels (-100 but the replies), contents of the images, and of each question (index of the anchor's word, needle, index of the target's word or -1)."
-        contents, questions = _single(rng, n_images, n_questions)
+        contents, questions = single_contents(rng, n_images, n_questions)
         contents = [tuple(sorted(c, key=OBJECTS.index)) for c in contents]
         ids = self.opening + self.image*n_images
         labels, looks = [-100]*len(ids), []

@@ -17,7 +17,8 @@ from torch.nn.functional import one_hot, pad
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .capture import _implementation, _is_cross, _text_configs, capture
-from .evaluate import _inputs, _positions, _tail, _text, ask, evaluate
+from .evaluate import ask, evaluate
+from .inputs import prompt_inputs, prompt_positions, question_ids, question_text
 from .haystack import Haystack
 from .rope import rope_spec
 
@@ -250,15 +251,15 @@ def sort_images(
 # %% ../nbs/11_baselines.ipynb #whole-prompt
 def _whole(model, processor, haystack, size, seen):
     "Arguments for the whole prompt with the haystack's first question, and the group of each token."
-    from laid_nb.train import image_inputs, read_groups  # here, as the Trainer behind it takes seconds to import
-    inputs = {k: v.to(model.device) for k, v in (_inputs(processor, haystack, size) if seen is None else seen).items()}
+    from laid_nb.inputs import image_inputs, read_groups
+    inputs = {k: v.to(model.device) for k, v in (prompt_inputs(processor, haystack, size) if seen is None else seen).items()}
     length = int((inputs["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
-    tail = torch.tensor([_tail(processor, _text(processor, haystack, 0))], device=model.device)
+    tail = torch.tensor([question_ids(processor, question_text(processor, haystack, 0))], device=model.device)
     inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :length], tail], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inputs: inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"][:, :length], (0, tail.shape[1]))
     inputs["student_features"] = inputs.pop("features", None)
-    return image_inputs(model, inputs, "student") | {"position_ids": _positions(model, inputs)}, read_groups(model, inputs)
+    return image_inputs(model, inputs, "student") | {"position_ids": prompt_positions(model, inputs)}, read_groups(model, inputs)
 
 def _sorted_features(seen, order):
     "What `see` made of a haystack, for its images in another order."

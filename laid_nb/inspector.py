@@ -26,10 +26,13 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .capture import capture
-from .haystack import encode
+from .inputs import encode
 from .rope import RopeSpec, resolved_bands, rope_spec
-from .spectra import HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
-from .train import image_inputs, read_groups, read_positions, shared_rope
+from laid_nb.spectra import (
+    HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
+)
+from .align import shared_rope
+from .inputs import image_inputs, read_groups, read_positions
 
 # %% ../nbs/12_inspector.ipynb #base
 def png(

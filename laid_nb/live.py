@@ -18,7 +18,10 @@ from matplotlib.ticker import MaxNLocator, NullLocator
 from transformers import TrainerCallback
 
 from .inspector import Inspector
-from .mixing_inspector import AFTER, BEFORE, MIXTURE, _PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights, pair_specs, read_mixing
+from laid_nb.mixing_inspector import (
+    AFTER, BEFORE, MIXTURE, _PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights,
+    pair_specs, read_mixing
+)
 
 # %% ../nbs/12d_live.ipynb #where
 def in_notebook() -> bool:

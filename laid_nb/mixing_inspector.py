@@ -25,7 +25,8 @@ from .inspector import HeadGrid, Inspector
 from .mixing import GramStats, explained, head_sizes, mix, repeat_kv
 from .rope import RopeSpec, rope_spec
 from .spectra import band_energy, band_response, distance_response, in_bins, log_edges
-from .train import HaystackCollator, image_inputs, read_positions, shared_rope
+from .align import shared_rope
+from .inputs import HaystackCollator, image_inputs, read_positions
 
 # %% ../nbs/12a_mixing_inspector.ipynb #view
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch.nn.functional import one_hot, pad
 
 from .capture import capture
-from .evaluate import _answer_ids, _grow, _inputs, _plant, _tail, _text
+from .evaluate import answer_ids, continue_prefix, read_prefix
+from .inputs import prompt_inputs, question_ids, question_text
 from .haystack import Haystack
 from .inspector import COLOURS, Inspector
 
@@ -79,19 +80,19 @@ def read_attention(
     size: int = 56,  # side of drawn scenes in pixels
 ) -> ImageAttention:
     "Attention of each question's tokens on each image, and the answer. ValueError for a question without a known answer (ours)."
-    from laid_nb.train import read_groups  # here, as the Trainer behind it takes seconds to import
+    from laid_nb.inputs import read_groups
     for q in haystack.questions:
         if not isinstance(q.answer, bool): raise ValueError(f"question {q.text!r} of haystack {haystack.id!r} has the answer {q.answer!r}: the viewer shows yes/no questions")
-    inputs = {k: v.to(model.device) for k, v in _inputs(processor, haystack, size).items()}
-    trunk, words, shares, log_p = _plant(model, processor, inputs), [], [], []
+    inputs = {k: v.to(model.device) for k, v in prompt_inputs(processor, haystack, size).items()}
+    trunk, words, shares, log_p = read_prefix(model, processor, inputs), [], [], []
     for turn in range(len(haystack.questions)):
-        tail = _tail(processor, _text(processor, haystack, turn))
+        tail = question_ids(processor, question_text(processor, haystack, turn))
         groups = read_groups(model, {"input_ids": torch.cat([inputs["input_ids"][:, :trunk.length], torch.tensor([tail], device=model.device)], 1)})
-        with capture(model) as cache: scores, _ = _grow(model, trunk, [tail], 0, ())
+        with capture(model) as cache: scores, _ = continue_prefix(model, trunk, [tail], 0, ())
         rows = torch.stack([_rows(cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers])  # [layers, heads, words, tokens]
         shares.append((rows @ one_hot(groups[0] + 1)[:, 1:].to(rows)).movedim(2, 0).float().cpu())
         words.append(tuple(processor.tokenizer.decode([i]) for i in tail))
-        log_p.append(scores[0, _answer_ids(processor.tokenizer)].float().cpu())
+        log_p.append(scores[0, answer_ids(processor.tokenizer)].float().cpu())
     longest, log_p = max(map(len, words)), torch.stack(log_p)
     right = torch.tensor([q.answer for q in haystack.questions]) == (log_p[:, 0] > log_p[:, 1])
     return ImageAttention(name, haystack.id, tuple(words), torch.stack([pad(s, (0, 0)*3 + (longest - len(s), 0)) for s in shares]), log_p, right)

@@ -17,7 +17,7 @@ import sys, pathlib, laid_nb
 home = pathlib.Path(laid_nb.__file__).resolve()
 assert home.is_relative_to(pathlib.Path(sys.prefix).resolve()), f'laid_nb is not the one of the wheel: {home}'
 assert 'torch' not in sys.modules, 'import laid_nb imports torch'
-from laid_nb.haystack import data_path
+from laid_nb.store import data_path
 assert data_path().resolve() == home.parent/'data', f'data are not those of the wheel: {data_path()}'
 assert 'torch' not in sys.modules, 'import laid_nb.haystack imports torch'
 print('imported from', home.parent)

@@ -4,9 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
 
-from laid_nb.anchors import OBJECTS, Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
-from laid_nb.haystack import data_path, encode, picture_haystack
-from laid_nb.evaluate import by_size, evaluate
+from laid_nb.anchors import Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
+from laid_nb.haystack import OBJECTS
+from laid_nb.haystack import picture_haystack
+from laid_nb.inputs import encode
+from laid_nb.store import data_path
+from laid_nb.accuracy import by_size
+from laid_nb.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")

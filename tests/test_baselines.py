@@ -20,9 +20,10 @@ from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records, see
-from laid_nb.haystack import Haystack, Question, encode, picture_haystack
+from laid_nb.haystack import Haystack, Question, picture_haystack
+from laid_nb.inputs import encode
 from laid_nb.rope import RopeSpec
-from laid_nb.train import HaystackCollator, image_inputs, read_groups, read_positions
+from laid_nb.inputs import HaystackCollator, image_inputs, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 

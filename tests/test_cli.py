@@ -18,10 +18,13 @@ from laid_nb import __version__, cli, inspector
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
-from laid_nb.evaluate import Counts, evaluate, read_records, wilson
-from laid_nb.haystack import Scene, encode, export_vhs, picture_haystack
+from laid_nb.accuracy import Counts, wilson
+from laid_nb.evaluate import evaluate, read_records
+from laid_nb.haystack import Scene, picture_haystack
+from laid_nb.inputs import encode
+from laid_nb.vhs import export_vhs
 from laid_nb.spectra import distance_response
-from laid_nb.train import OURS
+from laid_nb.inputs import OURS
 
 
 def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):

@@ -11,9 +11,16 @@ from transformers import (CLIPImageProcessor, LlavaConfig, LlavaForConditionalGe
 
 from laid_nb import evaluate as module
 from laid_nb.anchors import CHAT_TEMPLATE, build_processor
-from laid_nb.evaluate import (HALF, Counts, ask, by_depth, by_size, effective_window, evaluate, haystack_fingerprint, mean_relative_gain, model_fingerprint, plot_accuracy, plot_depth, read_records,
-                              see, vhs_entry, wilson, window_ratio, write_vhs)
-from laid_nb.haystack import Haystack, messages, picture_haystack
+from laid_nb.accuracy import (
+    Counts, HALF, by_depth, by_size, effective_window, mean_relative_gain, plot_accuracy, plot_depth, wilson,
+    window_ratio
+)
+from laid_nb.evaluate import ask, evaluate, read_records, see
+from laid_nb.haystack import haystack_fingerprint
+from laid_nb.store import model_fingerprint
+from laid_nb.vhs import vhs_entry, write_vhs
+from laid_nb.haystack import Haystack, picture_haystack
+from laid_nb.inputs import messages
 
 # ---------------------------------------------------------------- statistics
 

@@ -38,7 +38,7 @@ def test_accuracy_and_gap_are_direct_counts(results):
 
 
 def test_window_is_evaluates(results):
-    from laid_nb.evaluate import HALF, effective_window
+    from laid_nb.accuracy import HALF, effective_window
     correct = [results.models["student"][0][s].count("1") for s in results.sizes]
     assert results.window("student").size == pytest.approx(effective_window(results.sizes, correct, [120]*5, HALF).size)
     assert results.ratio("student").value == 1 and results.ratio("student").low == results.ratio("student").high == 1  # the same redraws above and below

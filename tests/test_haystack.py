@@ -11,8 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from laid_nb.haystack import (KINDS, OBJECTS, SPLITS, Haystack, PicturePool, Question, Scene, _multi, _single, encode, export_vhs, haystack_dataset,
-                              messages, picture_haystack, read_vhs, render, row_haystack, unlabelled, vhs_name)
+from laid_nb.haystack import (
+    Haystack, KINDS, OBJECTS, Question, SPLITS, Scene, _multi, haystack_dataset, picture_haystack, render,
+    row_haystack, single_contents
+)
+from laid_nb.inputs import encode, messages
+from laid_nb.recompose import PicturePool, unlabelled
+from laid_nb.vhs import export_vhs, read_vhs, vhs_name
 
 ENTRY = {"conversations": [{"from": "human", "value": "For the image with a dog, is there an umbrella?"}, {"from": "gpt", "value": "yes"}],
          "pos_image": ["val2017/a.jpg"], "neg_image": ["val2017/b.jpg", "test2017/c.jpg"]}
@@ -78,7 +83,7 @@ def test_questions_are_true(kind, n):
 def test_contents_of_a_seed_stay():
     "The embedded pair was trained on these contents: a change here changes every figure."
     rng = np.random.default_rng([0, 3, 0, 0])
-    contents, questions = _single(rng, 3, 2)
+    contents, questions = single_contents(rng, 3, 2)
     assert (contents, [(q.anchor, q.target, q.answer, q.needles) for q in questions]) == PINNED
 
 PINNED = ([("cell phone", "donut", "elephant"), ("apple", "elephant"), ("bear",)], [("cell phone", "donut", True, (0,)), ("apple", "banana", False, (1,))])
@@ -112,7 +117,7 @@ def pairs(kind, n, wanted):
     "Independent pairs of contents and question."
     rng, found = np.random.default_rng([7, n, KINDS.index(kind)]), []
     while len(found) < wanted:
-        contents, questions = (_single if kind == "single" else _multi)(rng, n, 12)
+        contents, questions = (single_contents if kind == "single" else _multi)(rng, n, 12)
         found += [(contents, q) for q in (questions if n >= 50 else [questions[len(found) % len(questions)]])]
     return found
 
@@ -128,7 +133,7 @@ def features(contents, q):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_classifier_without_the_needle_scores_half(kind):
     "Ridge regression on words and distractors, by size; all sizes together within Wilson's 95% interval of one half."
-    from laid_nb.evaluate import wilson
+    from laid_nb.accuracy import wilson
     right = total = yes = asked = 0
     for n in (1, 2, 5, 20, 60)[kind == "multi":]:
         found = pairs(kind, n, 600)

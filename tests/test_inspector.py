@@ -8,11 +8,13 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb.capture import capture
-from laid_nb.haystack import Haystack, data_path, encode, picture_haystack
+from laid_nb.haystack import Haystack, picture_haystack
+from laid_nb.inputs import encode
+from laid_nb.store import data_path
 from laid_nb.inspector import MAPS, HeadGrid, HeadInspector, HeadSpectra, head_limits, plot_head, png, read_heads
 from laid_nb.rope import RopeSpec
 from laid_nb.spectra import position_response
-from laid_nb.train import image_inputs, read_groups, read_positions
+from laid_nb.inputs import image_inputs, read_groups, read_positions
 
 SHIPPED = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in ("teacher", "student", "distilled") for n in (5, 20)]
 

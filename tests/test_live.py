@@ -6,11 +6,12 @@ import torch
 from transformers import PrinterCallback
 
 from laid_nb import live
-from laid_nb.cli import load_model
+from laid_nb.store import load_model
 from laid_nb.haystack import picture_haystack
 from laid_nb.live import LiveView, plot_training
 from laid_nb.mixing_inspector import kept_weights, read_mixing
-from laid_nb.train import HaystackCollator, LaidConfig, LaidTrainer, precompute
+from laid_nb.inputs import HaystackCollator, precompute
+from laid_nb.train import LaidConfig, LaidTrainer
 
 
 @pytest.fixture(scope="module")

@@ -12,11 +12,14 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from laid_nb.capture import capture
-from laid_nb.losses import (attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, needle_attention, supervised_rows, total_loss,
-                            unit_rms, weighted_power)
+from laid_nb.align import needle_attention
+from laid_nb.losses import (
+    attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, supervised_rows,
+    total_loss, unit_rms, weighted_power
+)
 from laid_nb.mixing import repeat_kv
 from laid_nb.rope import rope_spec
-from laid_nb.window import multiplicity_bias
+from laid_nb.simulate import multiplicity_bias
 
 
 def normal(*shape, seed=0, dtype=torch.float64):
@@ -546,3 +549,23 @@ def test_hidden_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match=r"target \(3, 6, 5\)"): hidden_loss(student, normal(3, 6, 5), mask)
     with pytest.raises(ValueError, match="student hidden states .* carry no gradient"): hidden_loss(student.detach(), normal(3, 6, 4), mask)
     with pytest.raises(ValueError, match="token mask has shape"): hidden_loss(student, normal(3, 6, 4), mask[:, :5])
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_divergences_are_those_of_torch_distributions(divergence):
+    s, t = normal(5, 7).requires_grad_(), normal(5, 7, seed=1)
+    p, q = (torch.distributions.Categorical(logits=x/3) for x in (s, t))
+    m = torch.distributions.Categorical(probs=(p.probs + q.probs)/2)
+    kl = torch.distributions.kl_divergence
+    expected = {"forward": kl(q, p), "reverse": kl(p, q), "jsd": (kl(q, m) + kl(p, m))/2}[divergence].mean()*9
+    torch.testing.assert_close(kl_loss(s, t, 3., divergence), expected)
+    assert divergence != "jsd" or kl_loss(100*s, -100*s.detach(), 1., divergence) <= math.log(2)
+    assert gradcheck(lambda x: kl_loss(x, t, 3., divergence), s)
+
+
+def test_divergence_is_a_setting_read_from_the_table():
+    from laid_nb.train import LaidConfig
+    assert LaidConfig(use_cpu=True).divergence == "forward"
+    assert LaidConfig(use_cpu=True, divergence="jsd").divergence == "jsd"
+    with pytest.raises(ValueError, match="divergence is 'sideways': need one of forward, reverse, jsd"):
+        LaidConfig(use_cpu=True, divergence="sideways")

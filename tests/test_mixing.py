@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, Qwen2_5_V
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
 from laid_nb.capture import capture, rotate
-from laid_nb.mixing import (FORMS, Gram, GramStats, HeadMixing, best_pairs, explained, explained_table, from_bands, head_sizes, layer_pairs, mix, mixing_kind, mixings,
-                            nonnegative_ridge, plot_weights, repeat_kv, ridge_weights, to_bands)
+from laid_nb.mixing import (
+    FORMS, Gram, GramStats, HeadMixing, best_pairs, explained, explained_table, from_bands, head_sizes, layer_pairs,
+    mix, mixing_kind, mixings, nonnegative_ridge, plot_weights, repeat_kv, ridge_weights, to_bands
+)
 from laid_nb.rope import RopeSpec, rope_spec
 
 SIZES = [(4, 6, 2, 2), (4, 6, 2, 3), (3, 8, 1, 8), (6, 4, 6, 2)]  # student heads, teacher heads, student KV, teacher KV; MQA, MHA and a smaller teacher too

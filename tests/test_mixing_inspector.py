@@ -6,12 +6,16 @@ import torch
 from matplotlib.figure import Figure
 
 from laid_nb.capture import capture
-from laid_nb.cli import load_model
-from laid_nb.haystack import data_path, picture_haystack
+from laid_nb.store import load_model
+from laid_nb.haystack import picture_haystack
+from laid_nb.store import data_path
 from laid_nb.mixing import mixings
-from laid_nb.mixing_inspector import MixingInspector, MixingView, joined, kept_weights, load_views, plot_mixture, read_mixing, save_views
+from laid_nb.mixing_inspector import (
+    MixingInspector, MixingView, joined, kept_weights, load_views, plot_mixture, read_mixing, save_views
+)
 from laid_nb.rope import RopeSpec, rope_spec
-from laid_nb.train import HaystackCollator, fit_mixing, image_inputs
+from laid_nb.align import fit_mixing
+from laid_nb.inputs import HaystackCollator, image_inputs
 
 
 @pytest.fixture(scope="module")

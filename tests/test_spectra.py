@@ -8,9 +8,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from laid_nb.capture import capture
 from laid_nb.rope import RopeSpec
-from laid_nb.spectra import (HeadStats, _attention, _attention_sums, _fast_length, _LagSums, attention_by_distance, band_energy, band_response, distance_response, in_bins,
-                             key_activation, local_global, log_edges, plot_band_energy, plot_by_distance, plot_distance_response, plot_head_map, plot_key_activation,
-                             plot_power_spectrum, power_spectrum)
+from laid_nb.spectra import (
+    HeadStats, _attention, _attention_sums, _fast_length, _LagSums, attention_by_distance, band_energy,
+    band_response, distance_response, in_bins, key_activation, local_global, log_edges, plot_band_energy,
+    plot_by_distance, plot_distance_response, plot_head_map, plot_key_activation, plot_power_spectrum,
+    power_spectrum
+)
 
 
 def random_qk(batch=2, heads=4, kv_heads=2, tokens=33, head_dim=8, dtype=torch.float64, seed=0):

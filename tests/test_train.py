@@ -13,13 +13,19 @@ import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
 
+from laid_nb import align, losses
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
-from laid_nb.haystack import PicturePool, picture_haystack, unlabelled
+from laid_nb.haystack import picture_haystack
+from laid_nb.recompose import PicturePool, unlabelled
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.rope import rope_spec
-from laid_nb.train import (OURS, HaystackCollator, LaidConfig, LaidTrainer, Recomposed, SeenEncoder, SizeSampler, add_lora, image_inputs, lora_state, merged, needle_pair, needle_scores, precompute,
-                           read_groups, read_positions, step_generator)
+from laid_nb.align import needle_pair, needle_scores
+from laid_nb.inputs import HaystackCollator, OURS, SizeSampler, image_inputs, precompute, read_groups, read_positions
+from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, add_lora, lora_state, merged
+from laid_nb.recompose import Recomposed, SeenEncoder
+from laid_nb.simulate import WindowSimulation
+from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
 
 @pytest.fixture(scope="module")
@@ -58,11 +64,22 @@ def pool(processor, haystacks, tiny):
 def trainer(processor, tiny, pool, haystacks, tmp_path):
     "trainer(**settings): a LaidTrainer of tiny models, on the precomputed pool unless `data` is given (\"pixels\": the same haystacks)."
     def make(student=None, teacher=None, data=None, folder=None, teacher_processing_class=None, eval_dataset=None, **settings):
-        quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, init_haystacks=4,
+        quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1,
                      learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=2)
-        return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), pool if data is None else haystacks if data == "pixels" else data, processor,
-                           teacher or tiny("teacher"), teacher_processing_class, eval_dataset=eval_dataset)
+        simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp") if k in settings})
+        data = pool if data is None else haystacks if data == "pixels" else data
+        return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), data, processor,
+                           teacher or tiny("teacher"), teacher_processing_class, simulation, eval_dataset=eval_dataset)
     return make
+
+
+def mixing_of(made): return made.part(MixingPart) and made.part(MixingPart).mixing
+
+
+def gains_of(made): return made.part(GainPart).gains
+
+
+def projections_of(made): return made.part(StreamPart).projections
 
 
 def logged(made, name): return [h[name] for h in made.state.log_history if name in h]
@@ -137,44 +154,41 @@ def direct_terms(student, teacher, batch, mix, temperature=2.):
 def test_loss_is_equation_8(trainer, processor, haystacks, tiny):
     student, teacher = tiny("student").double(), tiny("teacher").double()
     made = trainer(student, teacher, haystacks, lambda_laid=.2)
-    made.mixing.double()
-    made.start_mixing()
+    mixing_of(made).double()
+    made.start()
     batch = HaystackCollator(processor)(haystacks[:3])
     with made.captured(): loss = made.compute_loss(student, batch)
-    terms = direct_terms(student, teacher, batch, made.mixing["1-2"])
+    terms = direct_terms(student, teacher, batch, mixing_of(made)["1-2"])
     for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), .7*terms["sft"] + .3*terms["kl"] + .2*terms["laid"], rtol=1e-5, atol=0)
 
 
-@pytest.mark.parametrize("distance", ["positions", "tokens"])
-def test_plus_adds_each_term_with_its_weight(trainer, processor, haystacks, tiny, distance):
+def test_plus_adds_each_term_with_its_weight(trainer, processor, haystacks, tiny):
     student, teacher = tiny("student").double(), tiny("teacher").double()
-    made = trainer(student, teacher, haystacks, method="laid+", lambda_fourier=.2, lambda_attention=.4, beta=3., gamma=2., distance=distance, ramp=0., gain=False)
-    made.mixing.double()
-    made.start_mixing()
-    batch, mix = HaystackCollator(processor)(haystacks[:3]), made.mixing["1-2"]
+    made = trainer(student, teacher, haystacks, method="laid+", lambda_fourier=.2, lambda_attention=.4, beta=3., ramp=0., gain=False)
+    mixing_of(made).double()
+    made.start()
+    batch, mix = HaystackCollator(processor)(haystacks[:3]), mixing_of(made)["1-2"]
     with made.captured():
         loss = made.compute_loss(student, batch)
         (s, t), mask = made.caches, batch["attention_mask"]
         heads = s["q", 1], s["k", 1], *mix(t["q", 2], t["k", 2])
         terms = direct_terms(student, teacher, batch, mix)
     terms["fourier"] = fourier_loss(*heads, mask, spec=rope_spec(student))
-    terms["attention"] = attention_match_loss(*heads, mask, positions=read_positions(student, batch) if distance == "positions" else None, beta=3., gamma=2.)
+    terms["attention"] = attention_match_loss(*heads, mask, positions=read_positions(student, batch), beta=3.)
     for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), sum(w*terms[name] for name, w in dict(sft=.7, kl=.3, laid=.3, fourier=.2, attention=.4).items()), rtol=1e-5, atol=0)
 
 
 def test_beta_grows_over_the_ramp(trainer, monkeypatch):
-    from laid_nb import train
-    seen, match = [], train.attention_match_loss
-    monkeypatch.setattr(train, "attention_match_loss", lambda *a: seen.append(a[8]) or match(*a))
+    seen, match = [], losses.attention_match_loss
+    monkeypatch.setattr(losses, "attention_match_loss", lambda *a, **k: seen.append(k["beta"]) or match(*a, **k))
     trainer(method="laid+", beta=4., ramp=.5, max_steps=4).train()
     assert seen == [0, 2, 4, 4]
 
 
 def test_terms_of_weight_zero_are_not_computed(trainer, monkeypatch):
-    from laid_nb import train
-    for name in ("laid_loss", "fourier_loss"): monkeypatch.setattr(train, name, lambda *a, **k: pytest.fail("computed"))
+    for name in ("laid_loss", "fourier_loss"): monkeypatch.setattr(losses, name, lambda *a, **k: pytest.fail("computed"))
     made = trainer(method="laid+", lambda_laid=0., lambda_fourier=0.)
     made.train()
     assert logged(made, "loss_attention") and not logged(made, "loss_laid")
@@ -201,8 +215,8 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch(trainer, processor, 
     runs = [trainer(data=alike, per_device_train_batch_size=b, gradient_accumulation_steps=4//b, optim="sgd", learning_rate=.1, mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0,
                     max_grad_norm=0, max_steps=2) for b in (4, 1)]
     for r in runs: r.train()
-    for part in ("model", "mixing"):
-        for x, y in zip(getattr(runs[0], part).parameters(), getattr(runs[1], part).parameters()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    for of in (lambda r: r.model, mixing_of):
+        for x, y in zip(of(runs[0]).parameters(), of(runs[1]).parameters()): torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
     assert logged(runs[0], "loss") == pytest.approx(logged(runs[1], "loss"), rel=1e-4)
 
 
@@ -212,9 +226,9 @@ def test_gradient_checkpointing_gives_the_same_gradient_under_simulation(trainer
     whole, checkpointed = (trainer(**settings, **more) for more in ({}, {"gradient_checkpointing": True}))
     for r in (whole, checkpointed): r.train()
     for x, y in zip(whole.model.parameters(), checkpointed.model.parameters()): torch.testing.assert_close(x, y)
-    assert same(whole.mixing, checkpointed.mixing)
+    assert same(mixing_of(whole), mixing_of(checkpointed))
     if method == "laid+":
-        for x, y in zip(whole.learned_gains.parameters(), checkpointed.learned_gains.parameters()): torch.testing.assert_close(x, y)
+        for x, y in zip(gains_of(whole).parameters(), gains_of(checkpointed).parameters()): torch.testing.assert_close(x, y)
 
 
 def test_teacher_and_student_read_the_same_window(trainer):
@@ -222,7 +236,7 @@ def test_teacher_and_student_read_the_same_window(trainer):
     for model in (made.model, made.teacher):
         model.model.language_model.register_forward_pre_hook(lambda m, a, kw: read.append((kw["position_ids"], made.caches)), with_kwargs=True)
     plain = [read_positions(made.model, made.data_collator([s])).max() for s in made.train_dataset]
-    made.start_mixing(); read.clear()
+    made.start(); read.clear()
     super(LaidTrainer, made).train()
     (positions_s, caches), (positions_t, _) = read
     assert torch.equal(positions_s, positions_t) and positions_s.max() > max(plain)
@@ -230,7 +244,7 @@ def test_teacher_and_student_read_the_same_window(trainer):
 
 
 def test_the_ramp_follows_the_steps(trainer, monkeypatch):
-    from laid_nb.window import WindowSimulation
+    from laid_nb.simulate import WindowSimulation
     seen, sample = [], WindowSimulation.sample
     monkeypatch.setattr(WindowSimulation, "sample", lambda self, *a: seen.append(a[3]) or sample(self, *a))
     trainer(max_gap=100, method="kd", max_steps=4, gradient_accumulation_steps=2).train()
@@ -251,57 +265,53 @@ def test_the_teachers_share_comes_from_one_method(trainer):
     first.read_teacher = keep
     def hand_back(*args): return share[second.place]
     second.read_teacher = hand_back
-    for made in runs: made.start_mixing()
+    for made in runs: made.start()
     second.teacher.register_forward_pre_hook(lambda *_: pytest.fail("the teacher was read"))
     for made in runs: super(LaidTrainer, made).train()
-    assert len(share) == 3 and same(first.model, second.model) and same(first.mixing, second.mixing)
+    assert len(share) == 3 and same(first.model, second.model) and same(mixing_of(first), mixing_of(second))
     assert {name: tuple(x.shape) for name, x in share[0, 0].items() if name != "logits"}.keys() == {"q.2", "k.2", "scaling.2"}
 
 
 def test_what_moves_and_what_does_not(trainer, tiny):
-    for train_vision, data in ((False, None), (True, "pixels")):
-        made = trainer(train_vision=train_vision, data=[picture_haystack(0, 2, 2), picture_haystack(1, 2, 2)] if data else None)
+    for data in (None, [picture_haystack(0, 2, 2), picture_haystack(1, 2, 2)]):  # features, pixels
+        made = trainer(data=data)
         made.train()
         before = tiny("student").state_dict()
         moved = {k for k, v in made.model.state_dict().items() if not torch.equal(v, before[k])}
-        assert any("visual" in k for k in moved) == train_vision and any("q_proj" in k for k in moved)
+        assert not any("visual" in k for k in moved) and any("q_proj" in k for k in moved)
         assert same(made.teacher, tiny("teacher")) and not made.teacher.training and all(p.grad is None for p in made.teacher.parameters())
-
-
-def test_frozen_features_cannot_train_the_vision_tower(trainer):
-    with pytest.raises(ValueError, match="train_vision"): trainer(train_vision=True)
 
 
 def test_mixing_has_its_own_learning_rate(trainer):
     made = trainer(learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
-    start = trainer(); start.start_mixing()
+    start = trainer(); start.start()
     assert [g["lr"] for g in made.optimizer.param_groups] == [0, 0, .1]
-    assert not torch.equal(made.mixing["1-2"].q_convex, start.mixing["1-2"].q_convex)
+    assert not torch.equal(mixing_of(made)["1-2"].q_convex, mixing_of(start)["1-2"].q_convex)
 
 
 @pytest.mark.parametrize("init", ["uniform", "random"])
 def test_every_start_measures_the_scales(trainer, init):
     made, ridge = trainer(mixing_init=init), trainer()
-    for m in (made, ridge): m.start_mixing()
-    assert made.mixing["1-2"].scale_q == ridge.mixing["1-2"].scale_q > 0
-    if init == "uniform": assert torch.allclose(made.mixing["1-2"].weights()[0], torch.tensor(1/3))
+    for m in (made, ridge): m.start()
+    assert mixing_of(made)["1-2"].scale_q == mixing_of(ridge)["1-2"].scale_q > 0
+    if init == "uniform": assert torch.allclose(mixing_of(made)["1-2"].weights()[0], torch.tensor(1/3))
 
 
 def test_bf16(trainer):
     made = trainer(method="laid+", bf16=True, max_gap=100, max_multiplicity=4)
     made.train()
     assert all(math.isfinite(x) for name in made.args.weights for x in logged(made, f"loss_{name}"))
-    assert {p.dtype for p in [*made.model.parameters(), *made.mixing.parameters(), *made.learned_gains.parameters()]} == {torch.float32}
+    assert {p.dtype for p in [*made.model.parameters(), *mixing_of(made).parameters(), *gains_of(made).parameters()]} == {torch.float32}
 
 
 @pytest.mark.parametrize("form", ["band", "complex"])
 def test_forms_of_mixing(trainer, form):
     made = trainer(form=form, max_steps=3, mixing_learning_rate=.1)
     made.train()
-    w, start = made.mixing["1-2"].weights()[0], trainer(form=form)
-    start.start_mixing()
-    assert w.shape == (2, 3, 16) and w.is_complex() == (form == "complex") and not torch.equal(w, start.mixing["1-2"].weights()[0])
+    w, start = mixing_of(made)["1-2"].weights()[0], trainer(form=form)
+    start.start()
+    assert w.shape == (2, 3, 16) and w.is_complex() == (form == "complex") and not torch.equal(w, mixing_of(start)["1-2"].weights()[0])
     assert all(math.isfinite(x) for x in logged(made, "loss_laid"))
 
 
@@ -325,7 +335,7 @@ def test_the_gain_learns_and_is_folded_at_the_end(trainer, pool, method):
             with made.captured(): seen.append(answers(made.model, pool[0]))
     made.add_callback(Watch())
     made.train()
-    gains = torch.stack([g.gain() for g in made.learned_gains.values()])
+    gains = torch.stack([g.gain() for g in gains_of(made).values()])
     assert gains.shape == (2, 2, 16) and (gains - 1).abs().min() > 0
     torch.testing.assert_close(answers(made.model, pool[0]), seen[-1], rtol=1e-4, atol=1e-5)  # stock, as it was with the gain in its attention
     saved = type(made.model).from_pretrained(made.args.output_dir + "/checkpoint-2")
@@ -335,7 +345,7 @@ def test_the_gain_learns_and_is_folded_at_the_end(trainer, pool, method):
 def test_saving_leaves_the_student_as_it_was(trainer, tmp_path):
     made = trainer(method="laid+")
     with torch.no_grad():
-        for p in made.gains.parameters(): p.add_(1.)
+        for p in gains_of(made).parameters(): p.add_(1.)
     before = {k: v.clone() for k, v in made.model.state_dict().items()}
     made.save_model(str(tmp_path/"saved"))
     assert all(torch.equal(v, before[k]) for k, v in made.model.state_dict().items())
@@ -346,7 +356,7 @@ def test_gain_has_the_mixing_learning_rate(trainer):
     made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
     assert [(g["lr"], len(g["params"])) for g in made.optimizer.param_groups][2] == (.1, 2 + 2)  # two mixings, a gain for each layer
-    assert all((g.gain() != 1).all() for g in made.learned_gains.values())
+    assert all((g.gain() != 1).all() for g in gains_of(made).values())
     with pytest.raises(RuntimeError, match="another LaidTrainer"): made.train()
 
 
@@ -475,9 +485,9 @@ def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch,
 
 # --- the residual stream ------------------------------------------------------
 def test_hidden_term_is_that_of_its_formula(trainer, processor, haystacks, tiny):
-    made = trainer(lambda_hidden=.5, data=haystacks[:2], max_steps=1, optim="sgd", init_haystacks=2)
-    made.start_mixing()
-    P = made.projections["1-2"].weight.detach().double().clone()
+    made = trainer(lambda_hidden=.5, data=haystacks[:2], max_steps=1, optim="sgd")
+    made.start()
+    P = projections_of(made)["1-2"].weight.detach().double().clone()
     super(LaidTrainer, made).train()
     batch, streams = HaystackCollator(processor)(haystacks[:2]), []
     for role in ("student", "teacher"):
@@ -498,15 +508,15 @@ def test_hidden_term_trains_layers_up_to_the_pair_and_its_projection(trainer, ti
     start, after = tiny("student").state_dict(), made.model.state_dict()
     moved = {name for name in start if not torch.equal(start[name], after[name])}
     assert any("layers.0.mlp" in name for name in moved) and not any("layers.1." in name or "norm.weight" == name[-11:] and "layers" not in name or "lm_head" in name for name in moved)
-    assert made.optimizer.param_groups[2]["initial_lr"] == 1e-2 and any(p is made.projections["0-1"].weight for p in made.optimizer.param_groups[2]["params"])
+    assert made.optimizer.param_groups[2]["initial_lr"] == 1e-2 and any(p is projections_of(made)["0-1"].weight for p in made.optimizer.param_groups[2]["params"])
 
 
 def test_hidden_term_under_gradient_checkpointing(trainer):
     settings = dict(lambda_hidden=.5, layers="0:1,1:2", optim="sgd", learning_rate=.1, max_steps=1)
     whole, checkpointed = (trainer(**settings, **more) for more in ({}, {"gradient_checkpointing": True}))
     for r in (whole, checkpointed): r.train()
-    for part in ("model", "projections"):
-        for x, y in zip(getattr(whole, part).parameters(), getattr(checkpointed, part).parameters()): torch.testing.assert_close(x, y)
+    for of in (lambda r: r.model, projections_of):
+        for x, y in zip(of(whole).parameters(), of(checkpointed).parameters()): torch.testing.assert_close(x, y)
 
 
 def test_hidden_term_resumes_bit_for_bit_or_is_refused(trainer, tmp_path):
@@ -514,7 +524,7 @@ def test_hidden_term_resumes_bit_for_bit_or_is_refused(trainer, tmp_path):
     whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
-    assert same(whole.model, again.model) and same(whole.projections, again.projections) and logged(whole, "loss") == logged(again, "loss")
+    assert same(whole.model, again.model) and same(projections_of(whole), projections_of(again)) and logged(whole, "loss") == logged(again, "loss")
     trainer(folder=tmp_path/"plain", **settings | dict(lambda_hidden=None)).train()
     with pytest.raises(FileNotFoundError, match="compared no hidden states"): trainer(folder=tmp_path/"x", **settings).train(resume_from_checkpoint=str(tmp_path/"plain/checkpoint-2"))
     with pytest.raises(ValueError, match="go on with its lambda_hidden"): trainer(folder=tmp_path/"x", **settings | dict(lambda_hidden=None)).train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
@@ -587,7 +597,6 @@ def test_lora_resume_is_refused(trainer, tiny, tmp_path):
 
 def test_lora_is_refused(trainer):
     with pytest.raises(ValueError, match="would not reach the adapters"): LaidConfig(use_cpu=True, method="laid+", lora_rank=8)
-    with pytest.raises(ValueError, match="leave train_vision off"): LaidConfig(use_cpu=True, method="kd", lora_rank=8, train_vision=True)
     with pytest.raises(ValueError, match="lora_rank is -1"): LaidConfig(use_cpu=True, lora_rank=-1)
     with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
     made = trainer(method="sft", lora_rank=2)
@@ -598,16 +607,15 @@ def test_lora_is_refused(trainer):
 # --- layers -------------------------------------------------------------------
 @pytest.mark.parametrize("form", ["scalar", "complex"])
 def test_layers_chosen_by_what_explains_them(trainer, monkeypatch, form):
-    from laid_nb import train
-    asked, real = [], train.explained_table
+    asked, real = [], align.explained_table
     def table(grams, form):
         asked.append((sorted(grams), form))
         assert real(grams, form).shape == (2, 3)
         return torch.tensor([[.1, .3, .2], [.6, .4, .5]])
-    monkeypatch.setattr(train, "explained_table", table)
+    monkeypatch.setattr(align, "explained_table", table)
     made = trainer(layers="best", form=form)
-    made.start_mixing()
-    assert list(made.mixing) == ["0-1", "1-0"] and list(made.specs) == [(0, 1), (1, 0)] and asked == [([(s, t) for s in range(2) for t in range(3)], form)]
+    made.start()
+    assert list(mixing_of(made)) == ["0-1", "1-0"] and list(made.part(MixingPart).specs) == [(0, 1), (1, 0)] and asked == [([(s, t) for s in range(2) for t in range(3)], form)]
 
 
 def test_needle_scores_are_those_of_eager_attention(processor, haystacks, tiny):
@@ -637,7 +645,7 @@ def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
     assert again.state.global_step == 4 and logged(whole, "loss") == logged(again, "loss")
-    assert same(whole.model, again.model) and (whole.mixing is None or list(whole.mixing) == list(again.mixing) and same(whole.mixing, again.mixing))
+    assert same(whole.model, again.model) and (mixing_of(whole) is None or list(mixing_of(whole)) == list(mixing_of(again)) and same(mixing_of(whole), mixing_of(again)))
 
 
 @pytest.mark.parametrize("step", [3, 6, 8])
@@ -685,15 +693,15 @@ def test_evaluation_reads_without_simulation(trainer, pool):
 def test_defaults_are_the_papers():
     c = LaidConfig(use_cpu=True)
     assert (c.learning_rate, c.mixing_learning_rate, c.num_train_epochs, c.per_device_train_batch_size, c.gradient_accumulation_steps, c.warmup_steps) == (1e-5, 1e-4, 10, 1, 8, .05)
-    assert (c.alpha, c.temperature, c.layers, c.method, c.simulates, c.train_vision, c.report_to) == (.3, 2, "last", "laid", False, False, ["tensorboard"]) and "adamw" in c.optim
+    assert (c.alpha, c.temperature, c.layers, c.method, c.report_to) == (.3, 2, "last", "laid", ["tensorboard"]) and "adamw" in c.optim
 
 
 def test_flags_yaml_and_json(tmp_path):
-    parser = HfArgumentParser(LaidConfig)
+    parser = HfArgumentParser((LaidConfig, WindowSimulation))
     (tmp_path/"a.yaml").write_text("method: kd\nmax_multiplicity: 16\nuse_cpu: true\n")
     (tmp_path/"a.json").write_text(json.dumps(dict(method="kd", max_multiplicity=16, use_cpu=True)))
-    read = [parser.parse_args_into_dataclasses("--method kd --max_multiplicity 16 --use_cpu".split())[0], parser.parse_yaml_file(tmp_path/"a.yaml")[0], parser.parse_json_file(tmp_path/"a.json")[0]]
-    assert {(c.method, float(c.max_multiplicity), c.alpha) for c in read} == {("kd", 16., .3)}
+    read = [parser.parse_args_into_dataclasses("--method kd --max_multiplicity 16 --use_cpu".split()), parser.parse_yaml_file(tmp_path/"a.yaml"), parser.parse_json_file(tmp_path/"a.json")]
+    assert {(c.method, float(window.max_multiplicity), c.alpha) for c, window in read} == {("kd", 16., .3)}
 
 
 def test_weights_of_the_terms():
@@ -706,9 +714,8 @@ def test_weights_of_the_terms():
 
 
 # --- what is refused ----------------------------------------------------------
-@pytest.mark.parametrize("settings, words", [(dict(alpha=1.5), "alpha is 1.5"), (dict(method="magic"), "method is 'magic'"), (dict(mixing_init="best"), "mixing_init"), (dict(max_gap=-1), "max_gap"),
-                                             (dict(max_multiplicity=.5), "max_multiplicity"), (dict(ramp=2.), "ramp"), (dict(label_smoothing_factor=.1), "label_smoothing"), (dict(init_haystacks=0), "init_haystacks"),
-                                             (dict(form="matrix"), "form is 'matrix'"), (dict(distance="pixels"), "distance is 'pixels'"), (dict(beta=-1.), "beta is -1"), (dict(gamma=-1.), "gamma is -1"), (dict(lambda_laid=-.1), "lambda_laid is -0.1"), (dict(norm="max"), "norm is 'max'"),
+@pytest.mark.parametrize("settings, words", [(dict(alpha=1.5), "alpha is 1.5"), (dict(method="magic"), "method is 'magic'"), (dict(mixing_init="best"), "mixing_init"), (dict(label_smoothing_factor=.1), "label_smoothing"),
+                                             (dict(form="matrix"), "form is 'matrix'"), (dict(beta=-1.), "beta is -1"), (dict(lambda_laid=-.1), "lambda_laid is -0.1"),
                                              (dict(method="sft", lambda_kl=.1), "'sft' has no term 'kl'"), (dict(method="kd", lambda_fourier=.1), "'kd' has no term 'fourier'"),
                                              (dict(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True}), "reentrant")])
 def test_wrong_settings(settings, words):
@@ -775,8 +782,8 @@ def test_nan_names_the_term(trainer, tiny, who, method, term):
 
 def test_nan_in_the_aligned_heads(trainer):
     made = trainer()
-    made.start_mixing()
-    made.mixing["1-2"].q_convex.data[0] = math.nan
+    made.start()
+    mixing_of(made)["1-2"].q_convex.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="loss term 'laid' is nan"): super(LaidTrainer, made).train()
 
 

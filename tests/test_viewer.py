@@ -7,7 +7,8 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb.evaluate import ask
-from laid_nb.haystack import Question, data_path, picture_haystack
+from laid_nb.haystack import Question, picture_haystack
+from laid_nb.store import data_path
 from laid_nb.viewer import HaystackViewer, ImageAttention, _mosaic, look, plot_haystack, read_attention
 
 @pytest.fixture(scope="module")

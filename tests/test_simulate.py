@@ -6,7 +6,9 @@ import torch
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Config, Qwen2Model
 
 from laid_nb.capture import capture
-from laid_nb.window import WindowSimulation, asked_rows, gap_positions, image_groups, multiplicity_bias, multiplicity_factors
+from laid_nb.simulate import (
+    WindowSimulation, asked_rows, gap_positions, image_groups, multiplicity_bias, multiplicity_factors
+)
 
 START, END, IMAGE, PAD = 1, 2, 3, 0
 
