@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from laid_nb import losses
 from laid_nb.capture import capture
 from laid_nb.align import needle_attention
 from laid_nb.losses import (
@@ -569,3 +570,31 @@ def test_divergence_is_a_setting_read_from_the_table():
     assert LaidConfig(use_cpu=True, divergence="jsd").divergence == "jsd"
     with pytest.raises(ValueError, match="divergence is 'sideways': need one of forward, reverse, jsd"):
         LaidConfig(use_cpu=True, divergence="sideways")
+
+
+def test_attention_to_images_is_the_kl_of_renormalised_eager_attention():
+    heads = [2*normal(2, h, 20, 8, seed=i) for i, h in enumerate((4, 2, 4, 2))]
+    rows = torch.zeros(2, 20, dtype=torch.bool)
+    images = torch.zeros(2, 20, dtype=torch.bool)
+    rows[0, 15:], rows[1, 18:], images[0, 3:9], images[1, 1:16] = True, True, True, True
+    shares = []
+    for q, k in (heads[:2], heads[2:]):
+        logits = (q @ repeat_kv(k, 4).mT/3).masked_fill(torch.ones(20, 20).triu(1).bool(), -math.inf)
+        mass = logits.softmax(-1)*images[:, None, None]
+        shares.append((mass/mass.sum(-1, keepdim=True)).transpose(1, 2)[rows])  # [rows, heads, tokens]
+    expected = torch.xlogy(shares[1], shares[1]/shares[0]).nan_to_num().sum(-1).mean()
+    own = [x.requires_grad_() for x in heads[:2]]
+    for block in (2, 256):
+        loss = losses.image_attention_loss(*own, *heads[2:], rows, images, 1/3, 1/3, block)
+        torch.testing.assert_close(loss, expected)
+        found = torch.autograd.grad(loss, own)
+    assert all(g.isfinite().all() and g.abs().sum() > 0 for g in found)
+    assert not found[0].transpose(1, 2)[~rows].any() and not found[1].transpose(1, 2)[~images].any()
+
+
+def test_images_is_a_term_of_the_training(tmp_path):
+    from laid_nb.train import LaidConfig
+    assert LaidConfig(use_cpu=True, lambda_images=.2).weights == {"sft": .7, "kl": .3, "laid": .3, "images": .2}
+    assert "images" not in LaidConfig(use_cpu=True, method="laid+").weights
+    with pytest.raises(ValueError, match="'kd' has no term 'images'"):
+        LaidConfig(use_cpu=True, method="kd", lambda_images=.2)
