@@ -143,7 +143,7 @@ def constant(
     return fenced(f"{name} = {textwrap.shorten(text, 300, placeholder=' …')}")
 
 def written(value):  # in a table
-    if value is None or getattr(value, "__name__", "") == "<lambda>": return ""
+    if value is None or getattr(value, "__name__", "").startswith(("_", "<lambda>")): return ""
     if isinstance(value, (tuple, list, dict)): return ", ".join(map(str, value))
     return short(value) if callable(value) else str(value)
 
@@ -187,7 +187,8 @@ def api_index(
 # --- command line -------------------------------------------------------------
 def flag(action):  # as it is written
     choices = action.choices and "{" + ",".join(map(str, action.choices)) + "}"
-    value = "" if action.nargs == 0 else f" {action.metavar or choices or action.dest.upper()}"
+    name = action.dest.upper() if action.option_strings else action.dest
+    value = "" if action.nargs == 0 else f" {action.metavar or choices or name}"
     return [f"{name}{value}" for name in action.option_strings] or [value.strip()]
 
 def command(

@@ -210,7 +210,7 @@ def test_every_command_and_flag_stands_in_the_reference():
     for name, command in top._subparsers._group_actions[0].choices.items():
         section = page.split(f"## `laid {name}` {{", 1)[1].split("\n## ", 1)[0]
         for action in command._actions:
-            for flag in action.option_strings or [action.metavar]: assert re.search(rf"^\| .*`{re.escape(flag)}[ `]", section, re.M), f"laid {name} {flag}"
+            for flag in action.option_strings or [action.metavar or action.dest]: assert re.search(rf"^\| .*`{re.escape(flag)}[ `]", section, re.M), f"laid {name} {flag}"
 
 def test_every_setting_of_our_own_stands_in_the_reference():
     from transformers import TrainingArguments
