@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OURS', 'messages', 'add_replies', 'encode', 'pad', 'HaystackCollator', 'n_images', 'SizeSampler', 'image_features',
            'precompute', 'image_inputs', 'read_positions', 'image_tokens', 'read_groups', 'question_text',
-           'question_ids', 'prompt_inputs', 'prompt_positions']
+           'question_ids', 'prompt_inputs', 'precompute_prompts']
 
 # %% ../nbs/07c_inputs.ipynb #imports
 from collections.abc import Callable
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .haystack import Haystack
 from .simulate import image_groups
+from .store import tower_fingerprint
 
 # %% ../nbs/07c_inputs.ipynb #encode
 def messages(
@@ -157,6 +158,15 @@ def image_features(
     return torch.cat(list(out.pooler_output)).cpu()
 
 
+def _replace_pixels(
+    sample: dict,  # tensors of one conversation, pixels included
+    models: dict,  # name of the features -> the model whose vision tower makes them
+) -> dict:  # the sample with features [merged tokens, hidden] in place of pixels
+    "What vision towers make of the pictures, in place of the pictures."
+    features = {name: image_features(model, sample) for name, model in models.items()}
+    return {k: v for k, v in sample.items() if k != "pixel_values"} | features
+
+
 def precompute(
     haystacks: list,  # a pool that will be read several times
     collator: HaystackCollator,
@@ -165,12 +175,10 @@ def precompute(
     progress: bool = True,  # show a bar
 ) -> list[dict]:  # encoded samples with `student_features` and `teacher_features` in place of pixels, and the `haystack` itself
     "Encode a pool of haystacks once, images and all."
-    roles, samples = {"student": student, "teacher": teacher}, []
-    for h in tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress):
-        sample = collator.encode(h)
-        sample |= {f"{role}_features": image_features(model, sample) for role, model in roles.items() if model is not None}
-        samples.append({k: v for k, v in sample.items() if k != "pixel_values"} | {"haystack": h})
-    return samples
+    models = {"student_features": student, "teacher_features": teacher}
+    models = {name: model for name, model in models.items() if model is not None}
+    bar = tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress)
+    return [_replace_pixels(collator.encode(h), models) | {"haystack": h} for h in bar]
 
 # %% ../nbs/07c_inputs.ipynb #inputs
 OURS = ("labels", "replies", "turn", "needles", "haystack", "student_features", "teacher_features")  # of a batch or sample, but not for a model
@@ -191,14 +199,16 @@ def image_inputs(
 
 
 def read_positions(
-    model,  # student or teacher
-    batch: dict,  # from `HaystackCollator`
+    model,  # a transformers model
+    inputs: dict,  # a batch from `HaystackCollator`, or a prompt from `prompt_inputs`; `attention_mask` may be absent
 ) -> torch.Tensor:  # [3, batch, tokens] for M-RoPE, else [batch, tokens]
     "Positions as the model itself would count them."
     owner = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-    if owner is None: return (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    if owner is None:
+        mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
+        return (mask.cumsum(1) - 1).clamp(min=0)
     known = ("input_ids", "attention_mask", "mm_token_type_ids", "image_grid_thw")
-    return owner.get_rope_index(**{k: batch[k] for k in known if k in batch})[0]
+    return owner.get_rope_index(**{k: inputs[k] for k in known if k in inputs})[0]
 
 
 def image_tokens(
@@ -235,8 +245,15 @@ def prompt_inputs(processor, haystack, size):
     if inputs["input_ids"][0, -len(tail):].tolist() != tail: raise ValueError("the tokenizer does not separate the question from the images: they cannot be read apart with this processor")
     return inputs
 
-def prompt_positions(model, inputs):
-    "Positions of a prompt, [3, 1, tokens] as the model's own get_rope_index gives them, or [1, tokens] for a model without."
-    owner = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
-    if owner is None: return torch.arange(inputs["input_ids"].shape[1], device=inputs["input_ids"].device)[None]
-    return owner.get_rope_index(**{k: v for k, v in inputs.items() if k in ("input_ids", "mm_token_type_ids", "image_grid_thw")})[0]
+# %% ../nbs/07c_inputs.ipynb #precompute-prompts
+def precompute_prompts(
+    model,  # a transformers model whose image features `image_features` can precompute
+    processor,  # its processor
+    haystacks: list,  # with unique ids
+    size: int = 56,  # side of drawn scenes in pixels
+    progress: bool = True,  # show a bar
+) -> dict[str, dict]:  # haystack id -> the prompt's tensors, `features` [merged tokens, hidden] in place of pixels; "tower" -> fingerprint
+    "The prompts of haystacks with what the vision tower of `model` makes of their pictures, for `evaluate` on every model with the same tower. Ours."
+    bar = tqdm(haystacks, desc="read pictures", unit="haystack", disable=not progress)
+    prompts = {h.id: _replace_pixels(prompt_inputs(processor, h, size), {"features": model}) for h in bar}
+    return {"tower": tower_fingerprint(model)} | prompts
