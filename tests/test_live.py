@@ -11,6 +11,8 @@ from laid_nb.haystack import picture_haystack
 from laid_nb.live import LiveView, plot_training
 from laid_nb.mixing_inspector import kept_weights, read_mixing
 from laid_nb.inputs import HaystackCollator, precompute
+from laid_nb.parts import MixingPart
+from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer
 
 
@@ -27,9 +29,12 @@ def trainer(made, tmp_path_factory):
     "trainer(**settings): a short training of the embedded pair."
     teacher, processor, pool = made
     def make(**settings):
-        quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1, init_haystacks=2, max_steps=3,
-                     learning_rate=1e-3, mixing_learning_rate=1e-2, method="laid+", max_gap=50, max_multiplicity=2)
-        trainer = LaidTrainer(load_model("student", torch.float32)[0], LaidConfig(str(tmp_path_factory.mktemp("run")), **quiet | settings), pool, processor, teacher)
+        simulation = WindowSimulation(settings.pop("max_gap", 50), settings.pop("max_multiplicity", 2))
+        quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1,
+                     per_device_train_batch_size=2, gradient_accumulation_steps=1, max_steps=3, learning_rate=1e-3,
+                     mixing_learning_rate=1e-2, method="laid+")
+        config = LaidConfig(str(tmp_path_factory.mktemp("run")), **(quiet | settings))
+        trainer = LaidTrainer(load_model("student", torch.float32)[0], config, pool, processor, teacher, simulation=simulation)
         trainer.remove_callback(PrinterCallback)
         return trainer
     return make
@@ -69,7 +74,7 @@ def trained(whole):
 def losses(trainer): return [{k: v for k, v in h.items() if k.startswith("loss")} for h in trainer.state.log_history if "loss" in h]
 
 
-def weights(trainer): return [x for module in (trainer.model, trainer.mixing) for x in module.state_dict().values()]
+def weights(trainer): return [x for module in (trainer.model, trainer.part(MixingPart).mixing) for x in module.state_dict().values()]
 
 
 def random_states(): return random.getstate(), torch.random.get_rng_state()
@@ -104,7 +109,7 @@ def test_what_is_measured_is_what_read_mixing_says(trainer, made):
     watched = trainer(gain=False)
     view = LiveView(watched, every=2)
     watched.train()
-    expected = read_mixing(kept_weights({3: watched.mixing}), {3: watched.model.eval()}, made[0], made[1], made[2][:2], by_band=False)
+    expected = read_mixing(kept_weights({3: watched.part(MixingPart).mixing}), {3: watched.model.eval()}, made[0], made[1], made[2][:2], by_band=False)
     for a, b in zip(view.views, expected, strict=True):
         assert a.steps.tolist() == [0, 2, 3]
         for name in ("weights", "mixture", "own", "energy", "own_energy", "explained"): torch.testing.assert_close(getattr(a, name)[-1:], getattr(b, name))
