@@ -145,6 +145,7 @@ class StepBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
+# %% ../nbs/12f_demo.ipynb #distil
 def distil(
     run: DemoRun,
     name: str,  # one of TRAININGS
