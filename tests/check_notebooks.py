@@ -23,6 +23,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -90,14 +91,15 @@ async def run(path, folder, passed):
     start, begun = time.time(), []
     cells = [cell | dict(source=joined(cell["source"]), outputs=[]) for cell in read(path)["cells"] if is_run(cell, passed)]
     live = nbformat.from_dict(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
-    number = len(list(Path(folder).glob("*.json")))  # a short name, as the path of a socket has to be
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=f"{folder}/{number}.json")
+    # sockets need short paths, so they are put into `folder`
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=f"{folder}/kernel.json")
     client = NotebookClient(live, km=manager, timeout=TIMEOUT, store_widget_state=False, shutdown_kernel="immediate",
                             resources=dict(metadata=dict(path=str(path.parent))),
+                            on_notebook_start=lambda notebook: interruptible(),
                             on_cell_start=lambda cell, cell_index: begun.append(cell["id"]))
     error = None
     try:
-        await client.async_execute(env=environment(folder))
+        await client.async_execute(env=environment(folder), cleanup_kc=True)
     except CellExecutionError as e:
         error = f"{e.ename}: {e.evalue}\n{short_traceback(e.traceback)}"
     except (CellTimeoutError, DeadKernelError) as e:
@@ -105,6 +107,12 @@ async def run(path, folder, passed):
     done = begun if error is None else begun[:-1]
     outputs = {cell["id"]: stored_form(cell["outputs"]) for cell in live["cells"] if cell["id"] in done}
     return Run(path, outputs, error and (begun[-1] if begun else "(no cell)", error), time.time() - start)
+
+
+def interruptible():
+    "Ctrl-C ends the whole run; nbclient's handlers would end the kernel of one notebook."
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM): loop.remove_signal_handler(number)
 
 
 def short_traceback(text):
@@ -343,7 +351,10 @@ def main(arguments=None):
         words = [f"{named(done.path)}: {done.seconds:.0f} s", *([f"stored {', '.join(written)}"] if written else [])]
         print(*words, *([f"{len(wrong)} at fault"] if wrong else []), sep=", ", flush=True)
         found.extend((named(done.path), *rest) for rest in wrong)
-    asyncio.run(run_all(notebooks(args.paths or [ROOT/"nbs"]), args.jobs, passed_flags(), report))
+    try:
+        asyncio.run(run_all(notebooks(args.paths or [ROOT/"nbs"]), args.jobs, passed_flags(), report))
+    except KeyboardInterrupt:
+        return 130
     for path, cell, what, text in sorted(found, key=lambda f: str(f[0])):
         print(f"\n{path}, cell {cell}: {what}")
         for line in text[:SHOWN_LINES]: print(f"    {excerpt(line, 0)}")
