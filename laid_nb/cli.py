@@ -66,7 +66,7 @@ def evaluate(
     sort: Rounds | None = None,  # read, sort images by attention, and read again, this often
     vhs: str | None = None,  # folder: also write results that the VHs toolkit scores
     plot: str | None = None,  # file .png, .svg or .pdf: also draw accuracy against size
-):  # -> dict, the model's name -> Counts
+):  # -> laid_nb.accuracy.Results
     "Accuracy of a model by haystack size."
     ways = dict(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
     ways = {name: given for name, given in ways.items() if given is not None}
@@ -74,7 +74,7 @@ def evaluate(
     _check_source(data, pictures)
     haystacks = file_haystacks(data, image_root) if data else drawn_test(sizes, questions, seed, split, kind)
     device = prepare_process()
-    from laid_nb.accuracy import by_size, plot_accuracy, table_cells, table_text
+    from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all, read_records
     from laid_nb.vhs import VHS_PROMPT, write_vhs
@@ -84,10 +84,10 @@ def evaluate(
     before = (VHS_PROMPT if data else "") if prompt is None else prompt
     with remove_on_failure(out, keep=lambda path: read_records(path)[1]):
         records = ask_all(loaded.to(device), processor, haystacks, out, model, batch, generate, prompt=before)
-    results = {model: by_size(records)}
+    results = Results({model: by_size(records)})
     print(table_text(table_cells(results)))
     if generate:
-        shares = zip(results[model].sizes, by_size(records, "compliant").accuracy)
+        shares = zip(results.sizes, by_size(records, key="compliant").accuracy)
         print("compliance " + ", ".join(f"{s}: {100*a:.0f}%" for s, a in shares))
     if vhs:
         write_vhs(records, haystacks, vhs)

@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from . import __version__
-from .accuracy import HALF, by_size, effective_window, numbers, plot_accuracy, table_cells, table_markdown, table_text
+from .accuracy import Results, by_size, numbers, plot_accuracy, table_cells, table_markdown, table_text
 from .align import build_mixing
 from .evaluate import evaluate, read_records
 from .haystack import drawn_test, drawn_training
@@ -145,6 +145,7 @@ class StepBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
+# %% ../nbs/12f_demo.ipynb #distil
 def distil(
     run: DemoRun,
     name: str,  # one of TRAININGS
@@ -174,12 +175,12 @@ def stages(
 
 # %% ../nbs/12f_demo.ipynb #verdict
 def verdict(
-    results: dict,  # name -> Counts, of the student and of those distilled from it
+    results: Results,  # of teacher, student and those distilled from it
 ) -> str:
     "What the table says about windows, in a few lines."
-    window = {name: effective_window(*counts, HALF) for name, counts in results.items()}
+    window = {name: results.window(name) for name in results.models}
     student = window["student"]
-    lines = [f"Window: up to how many images at least {HALF:.0%} of the answers are right. Student: {student}."]
+    lines = [f"Window: up to how many images at least {results.half:.0%} of the answers are right. Student: {student}."]
     for name in TRAININGS:
         w, how = window[name], "the intervals overlap: no difference shown"
         if w.low > student.high:
@@ -187,9 +188,9 @@ def verdict(
         if w.high < student.low:
             how = "shorter, the intervals do not overlap"
         lines.append(f"  {name}: {w}, {how}.")
-    far = {name: [sum(x for x, s in zip(part, c.sizes) if s >= 50) for part in (c.correct, c.total)]
-           for name, c in results.items()}
-    if all(total for _, total in far.values()):
+    there = results.sizes >= 50
+    far = {name: [part[there].sum() for part in (a.correct, a.total)] for name, a in results.models.items()}
+    if there.any():
         shares = ", ".join(f"{name} {k/n:.0%}" for name, (k, n) in far.items())
         lines.append(f"Right at 50 images and more: {shares}.")
     return "\n".join(lines)
@@ -205,8 +206,8 @@ def report(
     for name in names:
         if not (run.out/"vhs"/slug(name)).exists():
             write_vhs(records[name], run.tests, run.out/"vhs"/slug(name))
-    results = {name: by_size(r) for name, r in records.items()}
-    rows, said, asked = table_cells(results, "student"), verdict(results), f"{run.demo.questions} questions"
+    results = Results({name: by_size(r) for name, r in records.items()}, "student", "teacher")
+    rows, said, asked = table_cells(results), verdict(results), f"{run.demo.questions} questions"
     figure = plot_accuracy(results, title=f"{asked} at each size, bands: 95% intervals", dashed=" + window simulation")
     figure.axes[0].legend(loc="lower left", fontsize=9, framealpha=1, edgecolor="none")  # over the line of chance
     with atomic_write(run.out/"accuracy.png") as part:
@@ -217,7 +218,7 @@ def report(
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     write_json(run.out/"results.json", dict(
         command=command, finished=finished, settings=run.state["settings"], trainings=TRAININGS, versions=versions(),
-        hardware=hardware(), seconds=run.state["seconds"], models=numbers(results, "student")))
+        hardware=hardware(), seconds=run.state["seconds"], models=numbers(results)))
     print(f"\nAccuracy in % by number of images, 95% intervals below ({asked} each)\n\n{table_text(rows)}\n\n{said}\n")
     print(f"written to {run.out}/: table.md, accuracy.png, results.json, records/, vhs/, checkpoints in models/\n"
           f"next: laid eval {run.path(list(TRAININGS)[-1])} --pictures --sizes 30,80 --out more.jsonl")
