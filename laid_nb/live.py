@@ -19,9 +19,9 @@ from transformers import TrainerCallback
 
 from .inspector import Inspector
 from .losses import TERMS
+from .inspector import _plot_energy, _plot_response
 from laid_nb.mixing_inspector import (
-    AFTER, BEFORE, MIXTURE, _PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights,
-    pair_specs, read_mixing
+    AFTER, BEFORE, MIXTURE, MixingInspector, _PLAIN, _allowed, joined, kept_weights, pair_specs, read_mixing
 )
 from .parts import GainPart, MixingPart
 from .patch import patch
