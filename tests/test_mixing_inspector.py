@@ -11,7 +11,7 @@ from laid_nb.haystack import picture_haystack
 from laid_nb.store import data_path
 from laid_nb.mixing import mixings
 from laid_nb.mixing_inspector import (
-    MixingInspector, MixingView, joined, kept_weights, load_views, plot_mixture, read_mixing, save_views
+    MixingInspector, MixingView, join_views, kept_weights, load_views, plot_mixture, read_mixing, save_views
 )
 from laid_nb.rope import RopeSpec, rope_spec
 from laid_nb.align import fit_mixing
@@ -133,7 +133,7 @@ def test_joined_times_are_what_is_read_at_once(pair, haystacks):
     student, teacher, processor = pair
     a, b = mixings(student.config, teacher.config, [(2, 3)]), mixings(student.config, teacher.config, [(2, 3)], "free")
     together = read_mixing(kept_weights({0: a, 4: b}), {0: student, 4: student}, teacher, processor, haystacks)[1]
-    apart = joined([read_mixing(kept_weights({step: m}), {step: student}, teacher, processor, haystacks)[1] for step, m in ((0, a), (4, b))])
+    apart = join_views([read_mixing(kept_weights({step: m}), {step: student}, teacher, processor, haystacks)[1] for step, m in ((0, a), (4, b))])
     assert apart.steps.tolist() == [0, 4]
     for name in ("weights", "mixture", "own", "energy", "own_energy", "explained"): torch.testing.assert_close(getattr(apart, name), getattr(together, name))
 
