@@ -66,7 +66,7 @@ class Inspector(widgets.VBox):
         change=None,  # of a trait, not read: `redraw` may be given to `observe`
     ):
         "Show the present state."
-        self.guarded(self._show)
+        self.guarded(self.show_picture)
 
     def save(self,
         path,  # of the file; its suffix is the format
@@ -104,7 +104,7 @@ def _png(
 def _in_base64(figure: Figure) -> str: return base64.b64encode(_png(figure)).decode()
 
 @patch
-def _show(self: Inspector):
+def show_picture(self: Inspector):
     "Draw the present state, and put picture and words on the page."
     words = html.escape(self.describe())
     source = f"data:image/png;base64,{_in_base64(self.draw())}"
