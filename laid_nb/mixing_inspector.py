@@ -20,13 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .align import shared_rope
 from .capture import capture
 from .inputs import HaystackCollator, image_inputs, read_positions
 from .inspector import HeadGrid, Inspector
 from .mixing import GramStats, explained, head_sizes, mix, repeat_kv
 from .patch import patch
-from .rope import RopeSpec, rope_spec
+from .rope import RopeSpec, rope_spec, shared_rope
 from .spectra import band_energy, band_response, distance_response, in_bins, log_edges
 
 # %% ../nbs/12a_mixing_inspector.ipynb #check-view

@@ -18,12 +18,13 @@ from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCac
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
+from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
-from laid_nb.evaluate import ask, evaluate, read_records, see
+from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
 from laid_nb.inputs import encode
 from laid_nb.rope import RopeSpec
-from laid_nb.inputs import HaystackCollator, image_inputs, read_groups, read_positions
+from laid_nb.inputs import HaystackCollator, image_inputs, precompute_prompts, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
@@ -115,7 +116,7 @@ def test_attention_is_the_models_own_again(way, attention):
     with pytest.raises(ZeroDivisionError), way(model):
         assert not torch.allclose(logits(model, inputs), before, atol=1e-3)
         1/0
-    assert torch.equal(logits(model, inputs), before) and not baselines._changed and not model.model._forward_hooks and not model.model.rotary_emb._forward_pre_hooks
+    assert torch.equal(logits(model, inputs), before) and not interceptions and not model.model._forward_hooks and not model.model.rotary_emb._forward_pre_hooks
 
 def test_another_model_is_not_changed():
     model, other, inputs = llama(), llama(), dict(input_ids=torch.randint(1, 60, (1, 20)))
@@ -399,7 +400,7 @@ def test_image_attention_of_left_padding(model, processor, haystack):
 def test_image_attention_makes_no_square(model, processor):
     inputs = prompt(processor, picture_haystack(0, 150, 2, "val"))
     tokens = inputs["input_ids"].shape[1]
-    features = see(model, processor, [picture_haystack(0, 150, 2, "val")], progress=False)
+    features = precompute_prompts(model, processor, [picture_haystack(0, 150, 2, "val")], progress=False)
     batch = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"student_features": next(v for k, v in features.items() if k != "tower")["features"]}
     arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, inputs)}, read_groups(model, inputs)
     with Largest() as largest: image_attention(model, arguments, groups)
@@ -435,8 +436,8 @@ def test_ask_sorted_by_hand(model, processor, haystack, rounds):
         torch.testing.assert_close(line, ask(model, processor, stack)[0][0], atol=1e-5, rtol=0)
 
 def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):
-    seen = see(model, processor, [haystack], progress=False)[haystack.id]
-    a, b = (ask_sorted(model, processor, haystack, max_new_tokens=3, prompt="Look: ", seen=s, rounds=2) for s in (None, seen))
+    seen = precompute_prompts(model, processor, [haystack], progress=False)[haystack.id]
+    a, b = (ask_sorted(model, processor, haystack, max_new_tokens=3, prompt="Look: ", features=s, rounds=2) for s in (None, seen))
     torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=0)
     assert a[1] == b[1] and len(a[1]) == 4
     assert not torch.allclose(a[0], ask_sorted(model, processor, haystack, rounds=2)[0], atol=1e-5)  # the prompt is read
@@ -446,7 +447,7 @@ def test_ask_sorted_refuses(model, processor, haystack, tmp_path):
     for i, size in enumerate((56, 112)): Image.new("RGB", (size, 56), (i*99, 0, 0)).save(tmp_path/f"{i}.png")
     mixed = Haystack((tmp_path/"0.png", tmp_path/"1.png"), (Question("cup", "dog", "single", True, (0,)),), "mixed")
     ask_sorted(model, processor, mixed)
-    with pytest.raises(ValueError, match="pictures of one size"): ask_sorted(model, processor, mixed, seen=see(model, processor, [mixed], progress=False)["mixed"])
+    with pytest.raises(ValueError, match="pictures of one size"): ask_sorted(model, processor, mixed, features=precompute_prompts(model, processor, [mixed], progress=False)["mixed"])
 
 # ---------------------------------------------------------------- evaluation
 
@@ -456,7 +457,7 @@ def test_evaluation_names_its_method(method, values, text, model, processor, hay
     records = evaluate_with(method, values, model, processor, [haystack], path, progress=False)
     if method == "sort": direct = ask_sorted(model, processor, haystack)[0]
     else:
-        with baselines.METHODS[method](model, *values): direct = ask(model, processor, haystack)[0]
+        with baselines._METHODS[method](model, *values): direct = ask(model, processor, haystack)[0]
     np.testing.assert_allclose([r["margin"] for r in records], (direct[:, 0] - direct[:, 1]).tolist(), atol=1e-4)
     assert read_records(path)[0]["method"] == text
     with pytest.raises(ValueError, match="another .*method"): evaluate(model, processor, [haystack], path, progress=False)
@@ -472,7 +473,7 @@ def test_a_file_of_the_plain_model_is_not_mixed_with_a_method(model, processor, 
 def test_methods_of_the_experiments(model, processor, haystack, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/"experiments"))
     import training_free
-    assert training_free.TRIED.keys() == training_free.NAMES.keys() == {*baselines.METHODS, "sort"}
+    assert training_free.TRIED.keys() == training_free.NAMES.keys() == {*baselines._METHODS, "sort"}
     for name, way in training_free.methods({"yarn": [2.], "self_extend": [3, 8], "log_n": [.5, 12], "sort": [1]}).items():
         records = way(model, processor, [haystack], tmp_path/f"{name}.jsonl")
         assert len(records) == 4 and read_records(tmp_path/f"{name}.jsonl")[0]["method"]
