@@ -20,10 +20,10 @@ from .gain import _attentions
 from .capture import capture
 from .inputs import image_inputs, read_groups, read_positions
 from .losses import unit_rms
-from .mixing import GramStats, best_pairs, check_heads, explained_table, mixing_kind, mixings, real_tokens
+from .mixing import GramStats, best_pairs, check_heads, explained_table, mixing_kind, mixings
 from .rope import RopeSpec, rope_spec
 from .simulate import asked_rows
-from .spectra import needle_shares
+from .spectra import needle_shares, real_tokens
 
 # %% ../nbs/09_align.ipynb #needle
 def _check_needle(

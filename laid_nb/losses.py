@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .mixing import check_heads, real_tokens, repeat_kv
+from .mixing import check_heads, repeat_kv
 from .rope import RopeSpec
-from .spectra import band_response, distance_response
+from .spectra import band_response, distance_response, real_tokens
 
 # %% ../nbs/04_losses.ipynb #grad
 def _check_gradient(
