@@ -7,9 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 from transformers import (
-    CLIPImageProcessor, GotOcr2ImageProcessor, InternVLConfig, InternVLForConditionalGeneration, InternVLProcessor,
-    InternVLVideoProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration, Qwen2VLProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
+    CLIPImageProcessor,
+    GotOcr2ImageProcessor,
+    InternVLConfig,
+    InternVLForConditionalGeneration,
+    InternVLProcessor,
+    InternVLVideoProcessor,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
 )
 
 from laid_nb import inputs
@@ -17,9 +28,27 @@ from laid_nb.anchors import CHAT_TEMPLATE, anchor_config, build_processor
 from laid_nb.evaluate import ask
 from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.inputs import (
-    FAMILIES, Family, HaystackCollator, SizeSampler, encode, family_of, image_features, image_inputs, image_tokens,
-    messages, n_images, pad, precompute, precompute_prompts, prefix_inputs, prefix_length, prompt_inputs, question_ids,
-    question_text, read_groups, read_positions
+    FAMILIES,
+    Family,
+    HaystackCollator,
+    SizeSampler,
+    encode,
+    family_of,
+    image_features,
+    image_inputs,
+    image_tokens,
+    messages,
+    n_images,
+    pad,
+    precompute,
+    precompute_prompts,
+    prefix_inputs,
+    prefix_length,
+    prompt_inputs,
+    question_ids,
+    question_text,
+    read_groups,
+    read_positions,
 )
 
 STACK = picture_haystack(5, 5, 5, split="test")
