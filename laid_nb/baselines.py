@@ -17,9 +17,7 @@ from torch.nn.functional import one_hot, pad
 from .capture import capture, intercept, text_configs
 from .evaluate import ask, evaluate
 from .haystack import Haystack
-from laid_nb.inputs import (
-    image_inputs, prompt_inputs, question_ids, question_text, read_groups, read_positions
-)
+from .inputs import image_inputs, prompt_inputs, question_ids, question_text, read_groups, read_positions
 from .rope import rope_spec
 
 # %% ../nbs/11_baselines.ipynb #text-model
