@@ -1,11 +1,9 @@
-"Haystacks: scenes, questions, the proof that the needle is needed, VHs files, the dataset, the model's inputs."
+"Haystacks: scenes, questions, the proof that the needle is needed, VHs files, the dataset."
 import itertools
 import json
 import os
-import random
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,8 +13,7 @@ from laid_nb.haystack import (
     Haystack, KINDS, OBJECTS, Question, SPLITS, Scene, _multi, haystack_dataset, picture_haystack, render,
     row_haystack, single_contents
 )
-from laid_nb.inputs import encode, messages
-from laid_nb.recompose import PicturePool, unlabelled
+from laid_nb.recompose import unlabelled
 from laid_nb.vhs import export_vhs, read_vhs, vhs_name
 
 ENTRY = {"conversations": [{"from": "human", "value": "For the image with a dog, is there an umbrella?"}, {"from": "gpt", "value": "yes"}],
@@ -291,63 +288,7 @@ def test_unfit_picks():
     with refused(TypeError, "pick 0", "n_images"): haystack_dataset([dict(seed=0)])
 
 
-# the model's inputs
-
-@pytest.fixture(scope="module")
-def processor():
-    from laid_nb.anchors import build_processor
-    return build_processor()
-
-@pytest.mark.parametrize("kind, turns, answers", [("single", [0], True), ("single", [0], False), ("single", [5, 2, 9, 2], True), ("single", [5, 2, 9], False), ("multi", [1, 0], True)])
-def test_encode_is_the_processor_on_the_whole_conversation(processor, kind, turns, answers):
-    h = picture_haystack(4, 6, kind=kind)
-    ours = encode(processor, h, turns, answers)
-    whole = processor.apply_chat_template(messages(h, turns, answers), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=not answers)
-    for name in whole: assert ours[name].shape == whole[name].shape and (ours[name] == whole[name]).all(), name
-    assert ours["needles"] == [list(h.questions[t].needles) for t in turns]
-
-def test_labels_and_turns(processor):
-    h, turns = picture_haystack(4, 6), [5, 2, 9, 2]
-    out = encode(processor, h, turns)
-    ids, labels, turn = (out[n][0] for n in ("input_ids", "labels", "turn"))
-    say, image = processor.tokenizer.decode, processor.tokenizer.convert_tokens_to_ids("<|vision_end|>")
-    assert (labels[labels >= 0] == ids[labels >= 0]).all() and (turn.diff() >= 0).all() and set(turn.tolist()) == {-1, 0, 1, 2, 3}
-    last = (ids == image).nonzero().max().item()
-    assert (turn[:last + 1] == -1).all() and (turn[last + 1:] >= 0).all()
-    for k, t in enumerate(turns):
-        assert say(labels[(turn == k) & (labels >= 0)]) == h.questions[t].reply + "<|im_end|>"
-        assert h.questions[t].text in say(ids[turn == k]) and h.questions[t].reply + "<|im_end|>" in say(ids[turn == k])
-    waiting = encode(processor, h, turns, answers=False)
-    n = (waiting["labels"] >= 0).sum().item()
-    assert say(waiting["labels"][waiting["labels"] >= 0]) == "".join(h.questions[t].reply + "<|im_end|>" for t in turns[:-1]) and n == 6
-    assert (encode(processor, h, [0], answers=False)["labels"] == -100).all()
-
-def test_a_text_answer_is_labelled(processor):
-    h = Haystack((Scene(("dog", "cup", "tie"), 1),), (Question("dog", "", "list", "a cup and a tie", (0,)),), "list")
-    labels = encode(processor, h, [0])["labels"]
-    assert processor.tokenizer.decode(labels[labels >= 0]) == "a cup and a tie<|im_end|>"
-
-def test_a_template_that_rewrites_turns_is_refused(processor):
-    class Rewriting:
-        image_token_id, tokenizer = processor.image_token_id, processor.tokenizer
-        def __call__(self, *a, **k): return processor(*a, **k)
-        def apply_chat_template(self, chat, **named): return f"{len(chat)} messages\n" + processor.apply_chat_template(chat, **named)
-    with refused(ValueError, "turn 0"): encode(Rewriting(), picture_haystack(0, 2), [0])
-
-def test_no_such_question(processor):
-    with refused(ValueError, "empty"): messages(picture_haystack(0, 2), [])
-    with refused(ValueError, "no question 12"): messages(picture_haystack(0, 2), [0, 12])
-
-
 # --- without labels -----------------------------------------------------------
-def test_unlabelled_keeps_all_but_the_answer():
-    h = picture_haystack(3, 5, kind="multi")
-    bare, = unlabelled([h])
-    assert (bare.images, bare.id) == (h.images, h.id)
-    assert [(q.text, q.needles, q.answer) for q in bare.questions] == [(q.text, q.needles, None) for q in h.questions]
-    assert row_haystack(haystack_dataset([bare])[0]) == bare
-
-
 def test_the_reply_of_nobody_is_a_fair_coin_that_does_not_change():
     asks = [Question(a, t, "single", None, (i,)) for a in OBJECTS[:10] for t in OBJECTS[10:30] for i in range(5)]
     yes = sum(q.reply == "Yes" for q in asks)
@@ -363,39 +304,3 @@ def test_what_nobody_answered_is_not_scored_or_exported(tmp_path):
     with pytest.raises(ValueError, match="cannot stay unlabelled"): Question("dog", "", "list", None, (0,))
 
 
-@pytest.mark.parametrize("kind", ["single", "multi"])
-def test_recomposed_haystacks_keep_question_and_needle(kind):
-    sources = [picture_haystack(i, 3 + i % 8, kind=kind) for i in range(40)]
-    shows, targets, pool = {}, {}, PicturePool(sources)
-    for h in sources:
-        for q in h.questions:
-            key = q.anchor, q.kind, frozenset(h.images[n] for n in q.needles)
-            targets.setdefault(key, set()).add(q.target)
-            for n in q.needles: shows.setdefault(h.images[n], set()).add(q.anchor)
-    kept = []
-    for i in range(100):
-        h = pool.haystack(3 + i % 8, 6, random.Random(i))
-        assert len(set(h.images)) == len(h.images) == 3 + i % 8 and len(h.questions) == 6
-        for q in h.questions:
-            needles = frozenset(h.images[n] for n in q.needles)
-            kept.append(q.target in targets[q.anchor, q.kind, needles])  # KeyError: not a question of the pool
-            assert q.answer is None and q.target != q.anchor and not any(q.anchor in shows.get(image, ()) for image in h.images if image not in needles)
-    assert 0 < sum(kept) < len(kept)
-
-
-def test_a_pool_too_small_to_choose_still_serves():
-    h = picture_haystack(0, 4, 12)
-    made = PicturePool([h]).haystack(4, 12, random.Random(0))
-    assert set(made.images) == set(h.images) and len(made.questions) == 12
-    twice = [Haystack((image,), (Question("dog", target, "single", True, (0,)),)) for image, target in zip(h.images, ("cup", "fork"))]
-    assert {q.anchor for q in PicturePool(twice).haystack(2, 3, random.Random(0)).questions} == {"dog"}  # both show a dog: no other choice
-    with pytest.raises(ValueError, match="no 5"): PicturePool([h]).haystack(5, 1, random.Random(0))
-    with pytest.raises(ValueError, match="asked about by yes or no"): PicturePool([replace(h, questions=(Question("dog", "", "list", "cup", (0,)),))])
-
-
-def test_a_file_s_wording_stays_with_its_target():
-    image = picture_haystack(0, 2).images
-    asks = tuple(Question(a, t, "single", True, (i,), f"{a} {t}!") for i, (a, t) in enumerate((("dog", "cup"), ("cat", "fork"))))
-    pool = PicturePool([Haystack(image, asks)])
-    made = [q for i in range(20) for q in pool.haystack(2, 4, random.Random(i)).questions]
-    assert {q.text for q in made} == {"dog cup!", "cat fork!", "For the image with the dog, is there a fork?", "For the image with the cat, is there a cup?"}
