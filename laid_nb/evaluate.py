@@ -20,7 +20,9 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .haystack import Haystack, haystack_fingerprint
-from .inputs import prompt_inputs, question_ids, question_text, read_positions
+from laid_nb.inputs import (
+    prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
+)
 from .store import model_fingerprint, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #branch
@@ -44,14 +46,9 @@ class PrefixCache(NamedTuple):
 
 def read_prefix(model, processor, inputs):
     "Read the images of a prompt once -> PrefixCache."
-    inputs = {k: v.to(model.device) for k, v in inputs.items()}
-    image, positions = inputs["input_ids"] == processor.image_token_id, read_positions(model, inputs)
-    length, cache = int(image[0].nonzero()[-1]) + 1, DynamicCache()
-    ids = inputs["input_ids"][:, :length]
-    if "features" in inputs:
-        embeds = model.get_input_embeddings()(ids)
-        read = {"inputs_embeds": embeds.masked_scatter(image[:, :length, None], inputs["features"].to(embeds))}
-    else: read = {"input_ids": ids} | {k: v for k, v in inputs.items() if k not in ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")}
+    inputs = {name: x.to(model.device) for name, x in inputs.items()}
+    positions, length = read_positions(model, inputs), prefix_length(processor, inputs)
+    read, cache = prefix_inputs(model, inputs, length), DynamicCache()
     model(**read, position_ids=positions[..., :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return PrefixCache(cache, positions[..., length:length + 1], length)
 

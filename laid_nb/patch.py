@@ -7,6 +7,7 @@ __all__ = ['patch']
 
 # %% ../nbs/00a_patch.ipynb #imports
 import builtins
+import sys
 from collections.abc import Callable
 
 # %% ../nbs/00a_patch.ipynb #patch
@@ -19,4 +20,4 @@ def patch(
     cls, name = next(iter(function.__annotations__.values())), function.__name__
     function.__qualname__ = f"{cls.__name__}.{name}"
     setattr(cls, name, property(function) if as_prop else function)
-    return function.__globals__.get(name, getattr(builtins, name, function))
+    return vars(sys.modules[function.__module__]).get(name, getattr(builtins, name, function))

@@ -14,14 +14,16 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from laid_nb import __version__, cli, inspector
+from laid_nb import __version__, cli, demo, inspector, serve
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.accuracy import Counts, wilson
 from laid_nb.evaluate import evaluate, read_records
-from laid_nb.haystack import Scene, picture_haystack
+from laid_nb.haystack import Scene, drawn_test, picture_haystack
 from laid_nb.inputs import encode
+from laid_nb.script import number_list
+from laid_nb.store import EMBEDDED, load_model, save_model, slug
 from laid_nb.vhs import export_vhs
 from laid_nb.spectra import distance_response
 from laid_nb.inputs import OURS
@@ -37,7 +39,7 @@ def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
     torch.manual_seed(layers)
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     if break_it: break_it(model)
-    cli.save_model(model, processor, folder)
+    save_model(model, processor, folder)
 
 
 @pytest.fixture(scope="module")
@@ -91,16 +93,16 @@ def test_train_help_lists_our_settings_and_the_paper_s_defaults(capsys):
 
 
 @pytest.mark.parametrize("text,numbers", [("1,2,5", [1, 2, 5]), ("2-4", [2, 3, 4]), ("5, 2-3, 5", [2, 3, 5])])
-def test_number_list(text, numbers): assert cli.number_list(text) == numbers
+def test_number_list(text, numbers): assert number_list(text) == numbers
 
 
 def test_debug_lets_the_traceback_through(work):
-    with pytest.raises(FileNotFoundError): cli.main(["eval", "teacher", "--debug", "--data", "nowhere.json", "--image-root", "."])
+    with pytest.raises(FileNotFoundError): cli.main(["eval", "teacher", "--debug", "--data", "nowhere.json", "--image_root", "."])
 
 
 def test_interrupt_is_130(monkeypatch, capsys):
-    def stop(args): raise KeyboardInterrupt
-    monkeypatch.setattr(cli, "run_anchors", stop)
+    def stop(): raise KeyboardInterrupt
+    monkeypatch.setitem(cli.COMMANDS, "anchors", stop)
     assert cli.main(["anchors"]) == 130
     assert capsys.readouterr().err == "laid: stopped\n"
 
@@ -113,70 +115,11 @@ def test_anchors_is_called_with_both_folders(monkeypatch, work):
     assert called == [("drafts", "pair")]
 
 
-# --- parts --------------------------------------------------------------------
-
-def test_whole_leaves_nothing_behind_when_it_fails(work):
-    with pytest.raises(ValueError):
-        with cli.whole("a/b.txt") as part:
-            part.write_text("half")
-            raise ValueError
-    assert list((work/"a").iterdir()) == []
-    with cli.whole("a/b.txt") as part: part.write_text("all")
-    assert [p.name for p in (work/"a").iterdir()] == ["b.txt"] and (work/"a/b.txt").read_text() == "all"
-
-
-def test_or_nothing_never_removes_what_was_there(work):
-    (work/"old").mkdir()
-    for name, keep, left in (("old", False, True), ("new", False, False), ("kept", True, True)):
-        with pytest.raises(ValueError):
-            with cli.or_nothing(name, keep=lambda path: keep):
-                (work/name).mkdir(exist_ok=True)
-                raise ValueError
-        assert (work/name).exists() == left
-
-
-@pytest.mark.parametrize("questions", [1, 7, 24])
-def test_haystacks_ask_as_many_questions_at_every_size_and_none_twice(questions):
-    stacks = cli.exam([1, 2, 6, 30], questions, seed=3)
-    for n in (1, 2, 6, 30): assert sum(len(h.questions) for h in stacks if len(h.images) == n) == questions
-    for h in stacks: assert len({q.anchor for q in h.questions}) == len(h.questions)
-    assert len({h.id for h in stacks}) == len(stacks)
-
-
-def test_seeds_and_splits_share_no_haystack():
-    ids = [{h.id for h in stacks} for stacks in (cli.exam([5], 60), cli.exam([5], 60, seed=1), cli.exam([5], 60, split="val"), cli.train_haystacks([5], 12))]
-    assert len(set().union(*ids)) == sum(map(len, ids))
-
-
-def test_table_holds_accuracies_intervals_and_windows():
-    counts = Counts([1, 10, 100], [100, 100, 50], [100, 100, 100])
-    rows = cli.table_cells({"student": counts, "longer": Counts([1, 10, 100], [100]*3, [100]*3)}, "student")
-    low, high = wilson(50, 100)
-    assert rows[1][:4] == [("student", ""), ("100", f"{100*wilson(100, 100)[0]:.0f}–100"), ("100", f"{100*wilson(100, 100)[0]:.0f}–100"), ("50", f"{100*low:.0f}–{100*high:.0f}")]
-    assert float(rows[1][4][0]) == pytest.approx(10**1.5, rel=.01)  # .75 is half-way between 1.00 and .50, in log size
-    assert rows[2][4][0] == "≥100" and float(rows[2][5][0].strip("≥")) == pytest.approx(100/10**1.5, rel=.01)
-    text, markdown = cli.table_text(rows).splitlines(), cli.table_markdown(rows).splitlines()
-    assert len(text) == 5 and len(markdown) == 4 and {line.count("|") for line in markdown} == {len(rows[0]) + 1}
-
-
-def test_claim_resumes_refuses_and_starts_anew(work):
-    out = work/"demo"
-    state = cli.claim(out, {"steps": 1, "sizes": (1, 2)}, False)
-    assert cli.claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
-    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): cli.claim(out, {"steps": 2, "sizes": (1, 2)}, False)
-    (out/"records").mkdir()
-    (out/"mine.txt").write_text("of the user")
-    cli.claim(out, {"steps": 2, "sizes": (1, 2)}, True)
-    assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt"]
-    (work/"other").mkdir()
-    (work/"other/a.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no demo"): cli.claim(work/"other", {}, True)
-    assert (work/"other/a.txt").exists()
-
+# --- parts ---------------------------------------------------------------------
 
 def test_yaml_is_read_as_flags_and_flags_win(work):
     (work/"a.yaml").write_text("method: kd\nlayers: 2:3\nlearning_rate: 1e-4\nreport_to: none\nbf16: false\nuse_cpu: true\n")
-    config = cli.train_config(cli.yaml_flags("a.yaml") + ["--learning_rate", "3e-4"])
+    config, _ = cli.training_settings(cli._yaml_settings("a.yaml") | {"learning_rate": ["3e-4"]})
     assert (config.method, config.layers, config.learning_rate, config.bf16, config.output_dir) == ("kd", "2:3", 3e-4, False, "laid-runs")
 
 
@@ -184,8 +127,8 @@ def test_yaml_is_read_as_flags_and_flags_win(work):
 
 def test_eval_writes_what_evaluate_finds(pair, work, capsys):
     ok(["eval", pair/"student", "--pictures", "--sizes", "1,3", "--questions", "5", "--seed", "2", "--out", "r/a.jsonl", "--vhs", "vhs", "--plot", "p.png"])
-    model, processor = cli.load_model(str(pair/"student"))
-    direct = evaluate(model, processor, cli.exam([1, 3], 5, 2), progress=False)
+    model, processor = load_model(str(pair/"student"))
+    direct = evaluate(model, processor, drawn_test([1, 3], 5, 2), progress=False)
     assert [(r["haystack"], r["question"], r["correct"]) for r in read_records("r/a.jsonl")[1]] == [(r["haystack"], r["question"], r["correct"]) for r in direct]
     np.testing.assert_allclose([r["margin"] for r in read_records("r/a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
     assert len(list((work/"vhs").rglob("*.json"))) == 10 and Image.open("p.png").width > 500
@@ -209,16 +152,16 @@ def test_eval_with_a_training_free_baseline(option, said, pair, work, capsys):
     ok([*line, *option])
     assert read_records("a.jsonl")[0]["method"] == said
     method, _, values = said.partition(" ")
-    model, processor = cli.load_model(str(pair/"student"))
-    direct = evaluate_with(method, tuple((float if "." in v else int)(v) for v in values.split(":")), model, processor, cli.exam([3], 2), progress=False)
+    model, processor = load_model(str(pair/"student"))
+    direct = evaluate_with(method, tuple((float if "." in v else int)(v) for v in values.split(":")), model, processor, drawn_test([3], 2), progress=False)
     np.testing.assert_allclose([r["margin"] for r in read_records("a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
     refused(capsys, work, line, "another", "method")
 
 
 def test_eval_reads_files_as_it_reads_drawings(pair, work):
-    stacks = cli.exam([3], 3)
+    stacks = drawn_test([3], 3)
     export_vhs(stacks, work/"vhs")
-    ok(["eval", pair/"student", "--data", "vhs/VHs_qa/single_needle/visual_haystack_3.json", "--image-root", "vhs/images", "--out", "a.jsonl", "--generate"])
+    ok(["eval", pair/"student", "--data", "vhs/VHs_qa/single_needle/visual_haystack_3.json", "--image_root", "vhs/images", "--out", "a.jsonl", "--generate"])
     records = read_records("a.jsonl")
     assert len(records[1]) == 3 and all("response" in r for r in records[1]) and "Yes or No" in records[0]["prompt"]
 
@@ -234,7 +177,7 @@ def test_train_makes_a_stock_checkpoint(pair, work, method):
 
 def test_spectra_are_those_of_the_captured_heads(pair, work):
     ok(["spectra", pair/"teacher", "--layers", "0,2", "--images", 3, "--seed", 5, "--out", "a.npz", "a.png"])
-    model, processor = cli.load_model(str(pair/"teacher"))
+    model, processor = load_model(str(pair/"teacher"))
     sample = encode(processor, picture_haystack(5, 3, 1, "test"), [0])
     with torch.no_grad(), capture(model) as cache: model(**{k: v for k, v in sample.items() if k not in OURS})
     arrays = np.load("a.npz")
@@ -243,40 +186,40 @@ def test_spectra_are_those_of_the_captured_heads(pair, work):
 
 
 @pytest.fixture
-def small_demo(monkeypatch): monkeypatch.setattr(cli, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
+def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
 
 
 def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch, capsys):
     line = ["demo", "--quick", "--teacher", str(pair/"teacher"), "--student", str(pair/"student")]
-    real = cli.save_model
+    real = demo.save_model
     def stop_at_laid(model, processor, folder):
         if str(folder).endswith("laid"): raise KeyboardInterrupt
         real(model, processor, folder)
-    monkeypatch.setattr(cli, "save_model", stop_at_laid)
+    monkeypatch.setattr(demo, "save_model", stop_at_laid)
     assert cli.main(line) == 130
     out = work/"laid-demo-quick"
     assert sorted(p.name for p in (out/"models").iterdir()) == ["sft", "sft-window-simulation"] and not (out/"results.json").exists()
     sft = (out/"models/sft/model.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(cli, "save_model", real)
+    monkeypatch.setattr(demo, "save_model", real)
     capsys.readouterr()
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in cli.TRAININGS)
-    assert sorted(p.name for p in out.iterdir()) == sorted(cli.OUTPUTS)
+    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
+    assert sorted(p.name for p in out.iterdir()) == sorted(demo.OUTPUTS)
     results = json.loads((out/"results.json").read_text())
-    assert list(results["models"]) == ["teacher", "student", *cli.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
+    assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
     for name, model in results["models"].items():
-        records = read_records(out/"records"/f"{cli.slug(name)}.jsonl")[1]
+        records = read_records(out/"records"/f"{slug(name)}.jsonl")[1]
         assert model["total"] == [2, 2, 2] and sum(model["correct"]) == sum(r["correct"] for r in records)
-    logs = {name: json.loads((out/"training"/f"{cli.slug(name)}.json").read_text()) for name in cli.TRAININGS}
+    logs = {name: json.loads((out/"training"/f"{slug(name)}.json").read_text()) for name in demo.TRAININGS}
     terms = {name: [k for k in log[0] if k.startswith("loss_")] for name, log in logs.items()}
     assert terms["SFT"] == ["loss_sft"] and terms["LAid"] == terms["LAid + window simulation"] == ["loss_sft", "loss_kl", "loss_laid"]
     assert terms["LAid+"] == terms["LAid+ + window simulation"] == ["loss_sft", "loss_kl", "loss_laid", "loss_fourier", "loss_attention"]
-    assert len({cli.slug(name) for name in cli.TRAININGS}) == len(cli.TRAININGS)
+    assert len({slug(name) for name in demo.TRAININGS}) == len(demo.TRAININGS)
     assert logs["SFT"][0]["loss_sft"] == pytest.approx(logs["LAid"][0]["loss_sft"], rel=1e-4)  # the same first batch
     assert weights(out/"models/sft").keys() == weights(pair/"student").keys()
-    assert (out/"table.md").read_text().count("\n| ") == 2 + len(cli.TRAININGS)
+    assert (out/"table.md").read_text().count("\n| ") == 2 + len(demo.TRAININGS)
     assert cli.main(line + ["--seed", "1"]) == 2 and "another seed" in capsys.readouterr().err
 
 
@@ -292,7 +235,7 @@ def files(work):
     for name in ("images/a.png", "images/b.png", "secret.png"): Image.new("RGB", (56, 56)).save(work/name)
     def write(**changes):
         (work/"vhs.json").write_text(json.dumps([{k: v for k, v in (ENTRY | changes).items() if v is not None}]))
-        return ["--data", "vhs.json", "--image-root", "images"]
+        return ["--data", "vhs.json", "--image_root", "images"]
     return write
 
 
@@ -319,8 +262,8 @@ def refused(capsys, folder, line, *words):
     (["eval", "student", "--pictures", "--sizes", "0"], ["at least 1 image"]),
     (["eval", "student", "--pictures", "--sizes", "5-2"], ["5-2"]),
     (["eval", "student"], ["--data", "--pictures"]),
-    (["eval", "student", "--data", "vhs.json"], ["--image-root"]),
-    (["eval", "student", "--data", "nowhere.json", "--image-root", "."], ["nowhere.json"]),
+    (["eval", "student", "--data", "vhs.json"], ["--image_root"]),
+    (["eval", "student", "--data", "nowhere.json", "--image_root", "."], ["nowhere.json"]),
     (["eval", "student", "--pictures", "--plot", "a.txt"], ["a.txt"]),
     (["spectra", "student", "--out", "a.txt"], ["a.txt"]),
     (["train", "--pictures", "--alfa", "1"], ["--alfa"]),
@@ -345,7 +288,7 @@ def test_picture_that_is_none(pair, files, work, capsys):
 
 def test_corrupt_json(pair, work, capsys):
     (work/"vhs.json").write_text('[{"conversations": ')
-    refused(capsys, work, ["eval", pair/"student", "--data", "vhs.json", "--image-root", "."], "vhs.json", "line 1")
+    refused(capsys, work, ["eval", pair/"student", "--data", "vhs.json", "--image_root", "."], "vhs.json", "line 1")
 
 
 @pytest.mark.parametrize("field", ["conversations", "pos_image", "neg_image"])
@@ -421,7 +364,7 @@ def test_model_without_rope(pair, work, capsys, tmp_path_factory, processor):
     folder = tmp_path_factory.mktemp("gpt")
     text = GPT2Config(vocab_size=len(processor.tokenizer), n_embd=32, n_layer=1, n_head=1, tie_word_embeddings=False)
     vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=1, image_size=56, patch_size=28, projection_dim=32)
-    cli.save_model(LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=processor.image_token_id, tie_word_embeddings=False)), processor, folder/"gpt")
+    save_model(LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision, image_token_index=processor.image_token_id, tie_word_embeddings=False)), processor, folder/"gpt")
     refused(capsys, work, train_line(pair/"teacher", folder/"gpt"), "'gpt2' has no RoPE")
 
 
@@ -454,7 +397,7 @@ def test_checkpoint_that_is_cut(pair, work, capsys, tmp_path_factory):
 def served(monkeypatch):
     "What the server was called with."
     calls = []
-    monkeypatch.setattr(cli, "serve", lambda *args: calls.append(args))
+    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
     return calls
 
 
@@ -468,8 +411,8 @@ def listed(folder="laid-inspect"):
 
 
 def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
-    read, reads = inspector.read_heads, []
-    monkeypatch.setattr(inspector, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
+    read, reads = serve.read_heads, []
+    monkeypatch.setattr(serve, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
     def run(*more): reads.clear(); ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more]); return reads
     assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
     files = listed()
@@ -480,9 +423,9 @@ def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
 
 
 def test_inspect_opens_the_embedded_models_without_reading(work, served, monkeypatch):
-    monkeypatch.setattr(cli, "load_model", None)
+    monkeypatch.setattr(serve, "load_model", None)
     ok(["inspect", "--lab"])
-    assert {name: [(s.name, s.images) for s in map(inspector.HeadSpectra.load, files)] for name, files in listed().items()} == {name: [(name, n) for n in cli.READ["sizes"]] for name in cli.EMBEDDED}
+    assert {name: [(s.name, s.images) for s in map(inspector.HeadSpectra.load, files)] for name, files in listed().items()} == {name: [(name, n) for n in serve.READ["sizes"]] for name in EMBEDDED}
     assert served[0][2:] == (True, True)
 
 
@@ -491,7 +434,7 @@ def test_inspect_reads_the_haystacks_of_files(pair, files, work, served):
     assert [inspector.HeadSpectra.load(f).images for f in listed()["student"]] == [2]
 
 
-@pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image-root",))])
+@pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image_root",))])
 def test_bad_arguments_of_inspect(options, words, work, served, capsys):
     refused(capsys, work, ["inspect", *options], *words)
     assert not served

@@ -11,8 +11,8 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply
 
 from laid_nb.capture import capture, rotate
 from laid_nb.mixing import (
-    FORMS, Gram, GramStats, HeadMixing, best_pairs, explained, explained_table, from_bands, head_sizes, layer_pairs,
-    mix, mixing_kind, mixings, nonnegative_ridge, plot_weights, repeat_kv, ridge_weights, to_bands
+    FORMS, Gram, GramStats, HeadMixing, _nonnegative_ridge, _ridge_weights, best_pairs, explained, explained_table,
+    from_bands, head_sizes, layer_pairs, mix, mixing_kind, mixings, plot_weights, repeat_kv, to_bands
 )
 from laid_nb.rope import RopeSpec, rope_spec
 
@@ -54,7 +54,9 @@ def all_batches(sizes, n=3):
 
 class Count(TorchDispatchMode):
     "Operations that run, and the largest tensor they return."
-    def __init__(self): super().__init__(); self.calls, self.largest = 0, 0
+    def __init__(self):
+        super().__init__()
+        self.calls, self.largest = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
@@ -135,7 +137,7 @@ def test_explained_equals_the_direct_share():
 
 def test_nonnegative_ridge_is_the_best_of_all_active_sets():
     gram = stats((4, 6, 2, 3)).q
-    w, lam = nonnegative_ridge(gram, 1e-3, tolerance=1e-12), 1e-3 * gram.teacher.diagonal().mean()
+    w, lam = _nonnegative_ridge(gram, 1e-3), 1e-3 * gram.teacher.diagonal().mean()
     G = gram.teacher + lam * torch.eye(6, dtype=torch.float64)
     for i in range(4):
         best, value = torch.zeros(6, dtype=torch.float64), 0.0
@@ -146,6 +148,17 @@ def test_nonnegative_ridge_is_the_best_of_all_active_sets():
                 v = x @ G @ x - 2 * gram.cross[i] @ x
                 if (x >= 0).all() and v < value: best, value = x, v
         torch.testing.assert_close(w[i], best, atol=1e-8, rtol=1e-6)
+
+
+def test_nonnegative_ridge_of_nearly_parallel_heads_is_exact():
+    "Weights may trade places at almost no cost; the conditions of the minimum hold all the same."
+    common, own = normal(1, 1, 50, 8), normal(1, 6, 50, 8, seed=1)
+    gram = Gram.of(common + 0.3 * normal(1, 4, 50, 8, seed=2), common + 1e-3 * own)
+    w = _nonnegative_ridge(gram, 1e-6)
+    G = gram.teacher + 1e-6 * gram.teacher.diagonal().mean() * torch.eye(6, dtype=torch.float64)
+    slope = (w @ G - gram.cross) / gram.teacher.diagonal().mean()
+    assert (w >= 0).all() and (w > 0).any(1).all()
+    assert slope[w > 0].abs().max() < 1e-10 and slope[w == 0].min() > -1e-10
 
 
 def test_convex_start_recovers_a_planted_mixture():
@@ -357,7 +370,7 @@ def test_complex_ridge_equals_complex_least_squares_in_each_band(tied):
 
 def test_band_ridge_is_the_real_least_squares_in_each_band():
     sq, _, tq, _ = all_batches((4, 6, 2, 3))
-    w = ridge_weights(stats((4, 6, 2, 3), spec=SPEC).q.form("band"), 1e-8)
+    w = _ridge_weights(stats((4, 6, 2, 3), spec=SPEC).q.form("band"), 1e-8)
     for b in range(4):
         S, T = (rows(x[..., [b, b + 4]]) for x in (sq, tq))
         torch.testing.assert_close(w[..., b], torch.linalg.lstsq(T, S).solution.T, atol=1e-6, rtol=1e-6)
@@ -501,7 +514,7 @@ def test_table_is_the_share_of_tokens_not_fitted_to(form):
     for s, t in seen:
         shares = []
         for x, S, T in zip("qk", student[s], teacher[t]):
-            w = ridge_weights(getattr(fit[s, t], x).form(form), 1e-2)
+            w = _ridge_weights(getattr(fit[s, t], x).form(form), 1e-2)
             shares.append(1 - (S - mix(w, T, SPEC)).square().sum() / S.square().sum())
         torch.testing.assert_close(table[s, t], sum(shares) / 2)
     torch.testing.assert_close(table, (explained_table(seen, form, 1e-2, fit, "q") + explained_table(seen, form, 1e-2, fit, "k")) / 2)
@@ -550,8 +563,8 @@ def config(dim=16):
     (lambda: GramStats().update(normal(1, 4, 3, 8), normal(1, 2, 3, 8), normal(1, 6, 3, 16), normal(1, 3, 3, 16)), "head dimensions differ: student queries"),
     (lambda: Gram.of(normal(1, 4, 3, 8), normal(1, 6, 3, 8), torch.zeros(1, 3)), "no real token"),
     (lambda: Gram.of(normal(4, 3, 8), normal(6, 3, 8)), "need \\[batch, heads, tokens, head_dim\\]"),
-    (lambda: ridge_weights(Gram.of(normal(1, 4, 3, 8), torch.zeros(1, 6, 3, 8).double())), "zero or not finite"),
-    (lambda: ridge_weights(Gram.of(normal(1, 4, 3, 8) / 0, normal(1, 6, 3, 8))), "zero or not finite"),
+    (lambda: _ridge_weights(Gram.of(normal(1, 4, 3, 8), torch.zeros(1, 6, 3, 8).double())), "zero or not finite"),
+    (lambda: _ridge_weights(Gram.of(normal(1, 4, 3, 8) / 0, normal(1, 6, 3, 8))), "zero or not finite"),
     (lambda: repeat_kv(normal(1, 3, 3, 8), 4), "no multiple"),
     (lambda: mixings(config(16), config(32), [(1, 1)]), "student 16, teacher 32"),
     (lambda: mixings(config(), config(), [(1, 2)]), "teacher layer 2 does not exist"),
@@ -565,7 +578,7 @@ def config(dim=16):
     (lambda: to_bands(normal(1, 1, 1, 9), RopeSpec(SPEC.inv_freq, SPEC.axis, 9)), "leaves 1 dimensions"),
     (lambda: explained(weights("complex"), stats((4, 6, 2, 3), spec=SPEC).q.form("band")), "of different forms"),
     (lambda: Gram.of(normal(1, 4, 3, 8), normal(1, 6, 3, 8)) + Gram.of(normal(1, 4, 3, 8), normal(1, 6, 3, 8), spec=SPEC), "cannot be added"),
-    (lambda: ridge_weights(Gram.of(normal(1, 4, 3, 8), normal(1, 6, 3, 8)*torch.tensor([1., 0, 1, 1]*2), spec=SPEC)), "zero or not finite"),
+    (lambda: _ridge_weights(Gram.of(normal(1, 4, 3, 8), normal(1, 6, 3, 8)*torch.tensor([1., 0, 1, 1]*2), spec=SPEC)), "zero or not finite"),
     (lambda: mixing_kind(["0-1.scale_q"]), "no names of one kind"),
     (lambda: mixing_kind(["0-1.q_convex", "1-1.q_band_convex"]), "no names of one kind"),
     (lambda: mixings(config(), config(), [(1, 1)], form="bands"), "form 'bands' is unknown"),

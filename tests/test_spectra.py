@@ -12,7 +12,7 @@ from laid_nb.spectra import (
     HeadStats, _attention, _attention_sums, _fast_length, _LagSums, attention_by_distance, band_energy,
     band_response, distance_response, in_bins, key_activation, local_global, log_edges, plot_band_energy,
     plot_by_distance, plot_distance_response, plot_head_map, plot_key_activation, plot_power_spectrum,
-    power_spectrum
+    power_spectrum, real_tokens
 )
 
 
@@ -76,6 +76,20 @@ def test_padding_may_hold_anything():
     expected = distance_response(q, k, mask)
     q, k = (x.masked_fill(~mask[:, None, :, None], torch.nan) for x in (q, k))
     assert torch.equal(distance_response(q, k, mask), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.uint8])
+def test_a_mask_may_be_of_whole_numbers(dtype):
+    q, k = random_qk()
+    mask = masks(33)["left"]
+    assert torch.equal(real_tokens(mask.to(dtype), q), mask)
+    assert torch.equal(distance_response(q, k, mask.to(dtype)), distance_response(q, k, mask))
+
+
+def test_a_mask_that_is_added_to_logits_is_refused():
+    q, _ = random_qk()
+    added = torch.zeros(2, 33).masked_fill(masks(33)["left"], -torch.inf)
+    with pytest.raises(ValueError, match="expected bool or whole numbers"): real_tokens(added, q)
 
 
 def test_max_distance_cuts():

@@ -1,0 +1,68 @@
+"""Functions as commands: what stands in a signature is what the command line takes."""
+import argparse
+from typing import Annotated, Literal
+
+import pytest
+
+from laid_nb.script import (
+    CommandParser, add_command, call_command, command_line, number_list, numbers, parameter_comments, plain_flags, positive,
+    settings_of
+)
+
+
+def bake(
+    cake: str,  # what is baked, "#1"
+    layers: Annotated[int, positive] = 3,  # how many
+    kind: Literal["plain", "iced"] = "plain",  # of cake
+    sizes: Annotated[list[int], number_list] = (1, 2),  # in inches
+    warm: bool = False,  # served at once
+    candles: bool = True,  # without them
+    names: list[str] | None = None,  # on top
+):
+    "Bake a cake."
+    return cake, layers, kind, sizes, warm, candles, names
+
+
+def mix(*things: str, **settings): "Mix things."; return things, settings
+
+
+@pytest.fixture
+def run():
+    top = CommandParser(prog="laid")
+    commands = top.add_subparsers(dest="command", required=True)
+    add_command(commands, "bake", bake)
+    add_command(commands, "mix", mix)
+    return lambda *argv: call_command(*top.parse_known_args(plain_flags(list(argv))))
+
+
+def test_comments_are_those_of_the_signature():
+    assert parameter_comments(bake)["cake"] == 'what is baked, "#1"' and parameter_comments(bake)["warm"] == "served at once"
+
+
+def test_a_command_calls_its_function_with_the_same_values(run):
+    assert run("bake", "sponge") == bake("sponge")
+    called = run("bake", "sponge", "--layers", "2", "--kind", "iced", "--sizes", "2-4", "--warm", "--no-candles", "--names", "a", "b")
+    assert called == bake("sponge", 2, "iced", [2, 3, 4], True, False, ["a", "b"])
+
+
+def test_other_flags_become_settings_where_a_function_takes_them(run):
+    assert run("mix", "a", "b", "--learning-rate", "0.1", "--x=1", "--on") == (("a", "b"), {"learning_rate": ["0.1"], "x": ["1"], "on": []})
+    with pytest.raises(ValueError, match="laid bake does not know --loud"): run("bake", "sponge", "--loud")
+
+
+@pytest.mark.parametrize("argv, words", [(("bake",), "cake"), (("bake", "x", "--layers", "0"), "'0' is not a whole number"),
+                                         (("bake", "x", "--kind", "fried"), "fried"), (("bake", "x", "--sizes", "5-2"), "upwards")])
+def test_what_does_not_fit_is_one_line(run, argv, words):
+    with pytest.raises(ValueError, match=words): run(*argv)
+
+
+def test_the_line_of_a_call_makes_the_call(run):
+    given = dict(cake="sponge cake", layers=2, warm=True, candles=False, names=["a b", "c"])
+    line = command_line("laid bake", bake, **given)
+    assert line == "laid bake --cake 'sponge cake' --layers 2 --warm --no_candles --names 'a b' c"
+
+
+def test_readers_leave_values_alone():
+    assert number_list([3, 1]) == [1, 3] and positive(4) == 4 and numbers("A:B", int, int)((1, 2)) == (1, 2)
+    with pytest.raises(argparse.ArgumentTypeError): numbers("A:B", int, int)("1")
+    with pytest.raises(ValueError, match="stands behind no flag"): settings_of(["x", "--y"])
