@@ -145,6 +145,7 @@ class StepBar(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs): self.bar.close()
 
+# %% ../nbs/12f_demo.ipynb #distil
 def distil(
     run: DemoRun,
     name: str,  # one of TRAININGS
@@ -187,8 +188,9 @@ def verdict(
         if w.high < student.low:
             how = "shorter, the intervals do not overlap"
         lines.append(f"  {name}: {w}, {how}.")
-    far = {name: [part[results.sizes >= 50].sum() for part in (a.correct, a.total)] for name, a in results.models.items()}
-    if (results.sizes >= 50).any():
+    there = results.sizes >= 50
+    far = {name: [part[there].sum() for part in (a.correct, a.total)] for name, a in results.models.items()}
+    if there.any():
         shares = ", ".join(f"{name} {k/n:.0%}" for name, (k, n) in far.items())
         lines.append(f"Right at 50 images and more: {shares}.")
     return "\n".join(lines)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .mixing import check_heads, real_tokens, repeat_kv
+from .mixing import check_heads, repeat_kv
 from .rope import RopeSpec
-from .spectra import band_response, distance_response
+from .spectra import band_response, distance_response, real_tokens
 
 # %% ../nbs/04_losses.ipynb #grad
 def _check_gradient(
@@ -80,7 +80,8 @@ def laid_loss(
         if student.shape != target.shape:
             raise ValueError(f"student {name} {tuple(student.shape)} and target {name} {tuple(target.shape)} "
                              "differ in heads")
-        if norm == "mean": _check_scale(scale, name)
+        if norm == "mean":
+            _check_scale(scale, name)
         losses.append(_squared_error(student, target, real, scale if norm == "mean" else None))
     return losses[0], losses[1]
 
@@ -283,7 +284,8 @@ def _match_sample(
             logits = [w[:g * (e - a) * e].view(g, e - a, e) for w in work]
             blocks = [_group_logits(w, q, k, j, groups, a, e) for w, (q, k) in zip(work, models)]
             for x in logits[:2]:
-                if bias is not None: x.add_(bias[0][a:e] @ bias[1][:e].T)
+                if bias is not None:
+                    x.add_(bias[0][a:e] @ bias[1][:e].T)
                 x[..., a:].masked_fill_(hidden[:e - a, :e - a], low)
             total = total + _match_rows(*logits, weight).sum()
             for (x, q, k), grad in zip(blocks, grads):

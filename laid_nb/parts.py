@@ -20,8 +20,7 @@ from laid_nb.align import (
     MEASURED, build_mixing, build_projections, check_full_attention, fit_mixing, fit_projections, load_mixing,
     measured_layers, pairs_of, shared_specs
 )
-from .align import residual_streams
-from .capture import Cache
+from .capture import Cache, residual_streams
 from .gain import fold_gain, folded, folded_parameters, rope_gains
 from .losses import TERMS, Evidence, unit_rms
 from .mixing import layer_pairs

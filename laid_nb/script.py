@@ -55,6 +55,7 @@ def positive(
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0")
     return int(text)
 
+# %% ../nbs/12g_script.ipynb #numbers
 def numbers(
     form: str,  # as the help shows it, such as FACTOR[:POSITIONS]
     *kinds: type,  # int or float, of each number
@@ -164,6 +165,7 @@ def settings_of(
             raise ValueError(f"{text!r} stands behind no flag")
     return found
 
+# %% ../nbs/12g_script.ipynb #call-command
 def call_command(
     args: argparse.Namespace,  # from a parser made by `add_command`
     rest: list[str],  # flags that it does not know

@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 import pytest
 
 from laid_nb.script import (
-    CommandParser, add_command, call_command, command_line, number_list, numbers, parameter_comments, plain_flags, positive,
-    settings_of
+    CommandParser, add_command, call_command, command_line, number_list, numbers, parameter_comments, plain_flags,
+    positive, settings_of
 )
 
 
