@@ -20,10 +20,8 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .haystack import YES_NO, Haystack, Question, haystack_fingerprint
-from laid_nb.inputs import (
-    prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions,
-)
+from .haystack import YES_NO, Haystack, haystack_fingerprint
+from .inputs import prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
 from .store import model_fingerprint, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #continuation
@@ -81,22 +79,24 @@ def _continued(prefix, tails):
 # %% ../nbs/10a_evaluate.ipynb #write-answers
 def _log_p(logits): return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
+def _one_more(inputs, ids):
+    "What to call the model with after `inputs`, to read one token more of each text; ids [questions, 1]."
+    mask = inputs["attention_mask"]
+    return inputs | dict(input_ids=ids, position_ids=inputs["position_ids"][..., -1:] + 1,
+                         attention_mask=torch.cat([mask, torch.ones_like(mask[:, :1])], 1))
+
 def _write_answers(model, inputs, logits, max_new_tokens, ends):
     "Token ids of each answer, the most probable token at every step; `inputs` are those that gave the first logits."
     answers, done = [[] for _ in logits], [False]*len(logits)
     for step in range(max_new_tokens):
-        if step:
-            position = inputs["position_ids"][..., -1:] + 1
-            mask = inputs["attention_mask"]
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
-            inputs = inputs | dict(input_ids=ids, position_ids=position, attention_mask=mask)
-            logits = model(**inputs, logits_to_keep=1).logits[:, -1]
         ids = logits.argmax(-1, keepdim=True)
         for i, token in enumerate(ids[:, 0].tolist()):
             done[i] = done[i] or token in ends
             if not done[i]:
                 answers[i].append(token)
-        if all(done): break
+        if all(done) or step + 1 == max_new_tokens: break
+        inputs = _one_more(inputs, ids)
+        logits = model(**inputs, logits_to_keep=1).logits[:, -1]
     return answers
 
 # %% ../nbs/10a_evaluate.ipynb #continue-prefix

@@ -11,8 +11,22 @@ import numpy as np
 import pytest
 
 from laid_nb.haystack import (
-    KINDS, OBJECTS, SPLITS, YES_NO, Haystack, Question, Scene, _multi_contents, drawn_test,
-    drawn_training, haystack_dataset, haystack_fingerprint, picture_haystack, render, row_haystack, single_contents,
+    KINDS,
+    OBJECTS,
+    SPLITS,
+    YES_NO,
+    Haystack,
+    Question,
+    Scene,
+    _multi_contents,
+    drawn_test,
+    drawn_training,
+    haystack_dataset,
+    haystack_fingerprint,
+    picture_haystack,
+    render,
+    row_haystack,
+    single_contents,
 )
 
 LETTERS = ("A", "B", "C", "D")
