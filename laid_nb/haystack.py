@@ -147,17 +147,20 @@ def _check_question(
     question: Question,
 ):
     "ValueError where words are missing, a list question has no answer, or choices and answer do not fit."
-    text, choices = question.text, question.choices
+    text, choices, answer = question.text, question.choices, question.answer
     if not text: raise ValueError(f"a question of the kind {question.kind!r} needs its wording")
-    if question.kind == "list" and question.answer is None:
-        raise ValueError(f"a list question needs its answer: {text!r} cannot stay unlabelled")
-    if choices == YES_NO: return
+    if question.kind == "list":
+        if answer is None: raise ValueError(f"a list question needs its answer: {text!r} cannot stay unlabelled")
+        return
+    if choices == YES_NO:
+        if isinstance(answer, str): raise ValueError(f"the answer of {text!r} is {answer!r}, not True (yes) or False (no)")
+        return
     if not isinstance(choices, tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError(f"the choices of {text!r} are a tuple of texts, not {choices!r}")
     if len(set(choices)) < max(len(choices), 2):
         raise ValueError(f"the choices of {text!r} are at least two, and all different, not {choices!r}")
-    if question.answer not in (None, *choices):
-        raise ValueError(f"the answer of {text!r} is {question.answer!r}, not one of its choices {choices!r}")
+    if answer not in (None, *choices):
+        raise ValueError(f"the answer of {text!r} is {answer!r}, not one of its choices {choices!r}")
 
 # %% ../nbs/07_haystack.ipynb #haystack
 _drawn = functools.lru_cache(16_384)(render)  # 150 MB of pictures at most

@@ -140,6 +140,10 @@ def test_bad_choices(arguments, parts):
     with refused(ValueError, *parts): choice(**arguments)
 
 
+def test_yes_and_no_are_true_and_false():
+    with refused(ValueError, "'yes'", "True (yes)"): Question("dog", "cup", "single", "yes", (0,))
+
+
 def test_a_list_question_needs_its_answer():
     with refused(ValueError, "cannot stay unlabelled"): Question("dog", "", "list", None, (0,))
 
