@@ -160,7 +160,7 @@ def _follow(self: LiveView):
         self.student_head = min(self.student_head, self._rows() - 1)
         self._offer(pairs)
         self.status.value = self._cost()
-        self._show()
+        self.show_picture()
     finally:
         self._busy = False
 

@@ -693,7 +693,7 @@ def _settle(self: MixingInspector):
     self._offer("step", [(str(x), x) for x in steps])
     self._offer("band", [(self.view.band_name(x).removeprefix("band "), x) for x in range(*self._ends("band"))])
     self._show_matrices()
-    self._show()
+    self.show_picture()
 
 
 @patch

@@ -214,7 +214,7 @@ def test_no_time_exceeds_the_colour_range():
 # --- state ----------------------------------------------------------------------
 def test_a_click_chooses_both_heads_and_draws_once(inspector, monkeypatch):
     drawn = []
-    monkeypatch.setattr(inspector, "_show", lambda: drawn.append(1))
+    monkeypatch.setattr(inspector, "show_picture", lambda: drawn.append(1))
     inspector.grids[0].selected = [3, 5]
     assert (inspector.student_head, inspector.teacher_head) == (3, 5)
     assert inspector.grids[1].selected == [3, 5] and len(drawn) == 1

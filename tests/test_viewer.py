@@ -181,7 +181,7 @@ def test_show_changes_all_at_once(viewer, stacks):
 
 def test_one_change_draws_once(viewer, stacks, monkeypatch):
     drawn = []
-    monkeypatch.setattr(viewer, "_show", lambda: drawn.append(viewer.state))
+    monkeypatch.setattr(viewer, "show_picture", lambda: drawn.append(viewer.state))
     viewer.question = 2
     viewer.haystack = stacks[1].id                                         # takes the question with it
     viewer.show(question=1, layer="mean")
