@@ -1,101 +1,22 @@
-"Statistics against direct computations, and questions asked on shared images against whole prompts."
+"Questions asked on shared images against whole prompts, and what is recorded of them."
 import json
 import math
 
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest
 from transformers import (CLIPImageProcessor, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig,
                           Qwen2VLForConditionalGeneration, Qwen3VLConfig, Qwen3VLForConditionalGeneration)
 
 from laid_nb import evaluate as module
 from laid_nb.anchors import CHAT_TEMPLATE, build_processor
-from laid_nb.accuracy import (
-    Counts, HALF, by_depth, by_size, effective_window, mean_relative_gain, plot_accuracy, plot_depth, wilson,
-    window_ratio
-)
+from laid_nb.accuracy import by_size
 from laid_nb.evaluate import ask, evaluate, read_records, see
 from laid_nb.haystack import haystack_fingerprint
 from laid_nb.store import model_fingerprint
 from laid_nb.vhs import vhs_entry, write_vhs
 from laid_nb.haystack import Haystack, picture_haystack
 from laid_nb.inputs import messages
-
-# ---------------------------------------------------------------- statistics
-
-@pytest.mark.parametrize("confidence", [.8, .95, .99])
-def test_wilson_is_scipys(confidence):
-    k, n = np.array([0, 1, 7, 50, 99, 100]), np.array([1, 3, 7, 100, 100, 100])
-    reference = [binomtest(int(a), int(b)).proportion_ci(confidence, "wilson") for a, b in zip(k, n)]
-    low, high = wilson(k, n, confidence)
-    np.testing.assert_allclose(low, [r.low for r in reference], atol=1e-12)
-    np.testing.assert_allclose(high, [r.high for r in reference], atol=1e-12)
-
-@pytest.mark.parametrize("k, n", [(1, 0), (-1, 5), (6, 5), ([1, 9], [5, 5])])
-def test_wilson_refuses(k, n):
-    with pytest.raises(ValueError, match="0 <= k <= n"): wilson(k, n)
-
-def window(accuracy, threshold=.5, sizes=(1, 10, 100), **kwargs): return effective_window(sizes, np.array(accuracy)*1000, [1000]*len(sizes), threshold, **kwargs)
-
-def test_window_by_hand():
-    assert window([.9, .6, .4]).size == pytest.approx(10*10**.5)
-    assert window([.9, .6, .4], .75).size == pytest.approx(10**.5)
-    assert window([.9, .4, .9]).size == pytest.approx(10**.8)  # the first crossing, whatever comes later
-
-def test_window_that_touches_the_threshold_goes_on():
-    assert window([.9, .5, .4]).size == pytest.approx(10)
-    w = window([.9, .7, .5])
-    assert w.size == 100 and w.censored
-
-def test_window_out_of_sight():
-    high, low = window([.9, .9, .9]), window([.4, .9, .9])
-    assert (high.size, high.censored, high.failed, str(high)) == (100, True, False, "≥100 [≥100, ≥100]")
-    assert (low.size, low.censored, low.failed, str(low)) == (1, False, True, "<1 [<1, <1]")
-
-def test_window_of_one_size():
-    assert window([.9], sizes=[5]).censored and window([.4], sizes=[5]).failed
-
-def test_window_interval_is_the_bootstraps():
-    sizes, total, accuracy, rng = [1, 10, 100], 50, np.array([.9, .7, .3]), np.random.default_rng(7)
-    draws = []
-    for row in rng.binomial(total, accuracy, (400, 3))/total:  # the same generator, one redraw at a time
-        if row[0] < .5: draws.append(1); continue
-        i = next((i for i, a in enumerate(row) if a < .5), None)
-        draws.append(100 if i is None else 10**(i - 1 + (row[i - 1] - .5)/(row[i - 1] - row[i])))
-    w = effective_window(sizes, accuracy*total, [total]*3, samples=400, seed=7)
-    np.testing.assert_allclose([w.low, w.high], np.quantile(draws, [.025, .975]))
-
-def test_window_is_reproducible_and_narrows():
-    assert window([.9, .6, .4]) == window([.9, .6, .4])
-    few = effective_window([1, 10, 100], [18, 12, 8], [20]*3)
-    assert few.low < window([.9, .6, .4]).low < window([.9, .6, .4]).high < few.high
-
-@pytest.mark.parametrize("sizes, correct, total, threshold, word", [
-    ([1, 1], [1, 1], [2, 2], .5, "increasing"), ([0, 1], [1, 1], [2, 2], .5, "positive"), ([], [], [], .5, "increasing"), ([1, 2], [1], [2, 2], .5, "one count"),
-    ([1, 2], [1, 3], [2, 2], .5, "correct <= total"), ([1, 2], [0, 0], [2, 0], .5, "total >= 1"), ([1, 2], [1, 1], [2, 2], 75, "threshold")])
-def test_window_refuses(sizes, correct, total, threshold, word):
-    with pytest.raises(ValueError, match=word): effective_window(sizes, correct, total, threshold)
-
-def counts(*accuracy): return Counts(np.array([1, 10, 100]), np.array(accuracy)*1000, np.full(3, 1000))
-
-@pytest.mark.parametrize("base, other, value, bound", [
-    ((.9, .6, .4), (.9, .9, .4), 10**.3, ""), ((.9, .6, .4), (.9, .9, .9), 10**.5, "≥"), ((.4, .4, .4), (.9, .6, .4), 10**1.5, "≥"),
-    ((.9, .9, .9), (.9, .6, .4), 10**-.5, "≤"), ((.9, .9, .9), (.9, .9, .9), 1, "?")])
-def test_ratio(base, other, value, bound):
-    r = window_ratio(counts(*base), counts(*other))
-    assert r.value == pytest.approx(value) and r.bound == bound and r.low <= r.value <= r.high
-
-def test_gain_of_table_1():
-    images = [1, 5, 10, 20, 50, 100, 150]
-    base, laid = dict(zip(images, [80.22, 68.45, 62.19, 57.21, 54.73, 51.08, 47.43])), dict(zip(images, [92.83, 83.26, 80.46, 74.09, 67.04, 63.37, 60.17]))
-    gain = mean_relative_gain(base, laid)
-    assert (round(100*gain["short"], 1), round(100*gain["long"], 1)) == (24.1, 24.5)
-    assert math.isnan(mean_relative_gain({1: .5}, {1: .6})["long"])
-
-def test_gain_refuses():
-    with pytest.raises(ValueError, match="unequal sizes"): mean_relative_gain({1: .5}, {2: .5})
-    with pytest.raises(ValueError, match="not over 0"): mean_relative_gain({1: 0.}, {1: .5})
 
 # ---------------------------------------------------------------- asking
 
@@ -283,28 +204,6 @@ def test_a_tie_is_wrong(model, processor, monkeypatch):
 def test_fingerprints(model, processor):
     assert model_fingerprint(model, processor) != model_fingerprint(tiny("qwen2_5", processor).float(), processor)
     assert len({haystack_fingerprint(h) for h in STACKS}) == 4
-
-def test_counts_by_size_and_depth():
-    records = [dict(size=n, needles=[i], correct=i < n/2) for n in (1, 4, 10) for i in range(n)]
-    c = by_size(records)
-    assert c.sizes.tolist() == [1, 4, 10] and c.correct.tolist() == [1, 2, 5] and c.total.tolist() == [1, 4, 10]
-    sizes, correct, total = by_depth(records + [dict(size=4, needles=[0, 1], correct=True)], bins=5)
-    assert total.tolist() == [[0, 1, 2], [0, 1, 2], [1, 0, 2], [0, 1, 2], [0, 1, 2]] and correct[:, 2].tolist() == [2, 2, 1, 0, 0]
-    with pytest.raises(ValueError, match="compliant"): by_size(records, "compliant")
-    with pytest.raises(ValueError, match="depth"): by_depth([dict(size=4, needles=[0, 1], correct=True)])
-
-def test_figures_draw():
-    records = [dict(size=n, needles=[i], correct=i % 3 > 0) for n in (3, 10) for i in range(n)]
-    figure = plot_accuracy({"a": by_size(records), "b": by_size(records)}, HALF)
-    assert figure.axes[0].get_xscale() == "log" and [t.get_text() for t in figure.axes[0].get_xticklabels()] == ["3", "10"]
-    assert plot_depth(records).axes[0].images[0].get_clim() == (0, 1)
-    figure.canvas.draw()
-
-
-def test_a_second_way_has_the_colour_of_the_first():
-    counts = by_size([dict(size=n, needles=[0], correct=True) for n in (3, 10)])
-    lines = {l.get_label(): (l.get_color(), l.get_linestyle()) for l in plot_accuracy(dict.fromkeys(("a", "a + b", "c + b"), counts), dashed=" + b").axes[0].lines}
-    assert [lines[name] for name in ("a", "a + b", "c + b")] == [("C0", "-"), ("C0", "--"), ("C1", "--")]
 
 # ---------------------------------------------------------------- Visual Haystacks
 
