@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from .capture import _implementation, _is_cross, _text_configs, capture
 from .evaluate import ask, evaluate
-from .inputs import prompt_inputs, prompt_positions, question_ids, question_text
+from .inputs import prompt_inputs, question_ids, question_text, read_positions
 from .haystack import Haystack
 from .rope import rope_spec
 
@@ -249,23 +249,23 @@ def sort_images(
     return Haystack(tuple(haystack.images[i] for i in order), (replace(question, needles=tuple(sorted(order.index(i) for i in question.needles))),), haystack.id)
 
 # %% ../nbs/11_baselines.ipynb #whole-prompt
-def _whole(model, processor, haystack, size, seen):
+def _whole(model, processor, haystack, size, features):
     "Arguments for the whole prompt with the haystack's first question, and the group of each token."
     from laid_nb.inputs import image_inputs, read_groups
-    inputs = {k: v.to(model.device) for k, v in (prompt_inputs(processor, haystack, size) if seen is None else seen).items()}
+    inputs = {k: v.to(model.device) for k, v in (prompt_inputs(processor, haystack, size) if features is None else features).items()}
     length = int((inputs["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
     tail = torch.tensor([question_ids(processor, question_text(processor, haystack, 0))], device=model.device)
     inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :length], tail], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if "mm_token_type_ids" in inputs: inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"][:, :length], (0, tail.shape[1]))
     inputs["student_features"] = inputs.pop("features", None)
-    return image_inputs(model, inputs, "student") | {"position_ids": prompt_positions(model, inputs)}, read_groups(model, inputs)
+    return image_inputs(model, inputs, "student") | {"position_ids": read_positions(model, inputs)}, read_groups(model, inputs)
 
-def _sorted_features(seen, order):
-    "What `see` made of a haystack, for its images in another order."
-    grid = seen["image_grid_thw"]
-    if (grid != grid[0]).any(): raise ValueError(f"sorting pictures that were seen before needs pictures of one size, got grids {grid.unique(dim=0).tolist()}: leave out `seen`")
-    return seen | {"features": seen["features"].unflatten(0, (len(grid), -1))[order].flatten(0, 1)}
+def _sorted_features(prompt, order):
+    "What `precompute_prompts` made of a haystack, for its images in another order."
+    grid = prompt["image_grid_thw"]
+    if (grid != grid[0]).any(): raise ValueError(f"sorting pictures that were seen before needs pictures of one size, got grids {grid.unique(dim=0).tolist()}: leave out `features`")
+    return prompt | {"features": prompt["features"].unflatten(0, (len(grid), -1))[order].flatten(0, 1)}
 
 # %% ../nbs/11_baselines.ipynb #ask-sorted
 @torch.no_grad()
@@ -278,7 +278,7 @@ def ask_sorted(
     max_new_tokens: int = 0,  # 0: no generation; else the longest answer in tokens (greedy)
     prompt: str = "",  # text before each question, after the images
     size: int = 56,  # side of drawn scenes in pixels
-    seen: dict | None = None,  # this haystack's part of what `see` made; None: its pictures are read at each pass
+    features: dict | None = None,  # this haystack's part of what `precompute_prompts` made; None: its pictures are read at each pass
     rounds: int = 1,  # how often to read and sort before the answer
 ) -> tuple[torch.Tensor, list[str] | None]:  # as `ask`
     "Ask each question after the images have been sorted for it by the attention of the prompt's last token (arXiv 2310.01427)."
@@ -286,7 +286,7 @@ def ask_sorted(
     log_p, replies = [], []
     for t in range(len(haystack.questions)) if turns is None else turns:
         question = haystack.questions[t]
-        stack, known = replace(haystack, questions=(replace(question, wording=prompt + question.text),)), seen
+        stack, known = replace(haystack, questions=(replace(question, wording=prompt + question.text),)), features
         for _ in range(rounds):
             shares = image_attention(model, *_whole(model, processor, stack, size, known))[0].cpu()
             stack, known = sort_images(stack, 0, shares), known and _sorted_features(known, shares.argsort(stable=True))

@@ -23,7 +23,7 @@ from laid_nb.rope import rope_spec
 from laid_nb.align import needle_pair, needle_scores
 from laid_nb.inputs import HaystackCollator, OURS, SizeSampler, image_inputs, precompute, read_groups, read_positions
 from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, add_lora, lora_state, merged
-from laid_nb.recompose import Recomposed, SeenEncoder
+from laid_nb.recompose import Recomposed, PieceEncoder
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
@@ -415,7 +415,7 @@ def test_a_coins_reply_has_no_gradient_of_its_own(trainer, haystacks):
 
 
 def test_unlabelled_questions_are_refused_where_only_labels_count(trainer, haystacks, pool, processor):
-    for data in (unlabelled(haystacks), pool[:3] + [SeenEncoder(pool, HaystackCollator(processor))(h) for h in unlabelled(haystacks[3:4])]):
+    for data in (unlabelled(haystacks), pool[:3] + [PieceEncoder(pool, HaystackCollator(processor))(h) for h in unlabelled(haystacks[3:4])]):
         for settings in (dict(method="sft"), dict(method="kd", lambda_kl=0.)):
             with pytest.raises(ValueError, match="nobody has answered"): trainer(data=data, **settings)
     trainer(data=unlabelled(haystacks), method="kd")
@@ -432,7 +432,7 @@ def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
     collate = HaystackCollator(processor, turns=2)
     made = PicturePool(haystacks).haystack(4, 3, random.Random(0)) if not known else replace(haystacks[5], images=haystacks[5].images[::-1] + haystacks[0].images)
     slow, = precompute([made], collate, tiny("student"), tiny("teacher"), progress=False)
-    fast = SeenEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
+    fast = PieceEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
     assert fast.keys() == slow.keys() and (fast["needles"], fast["haystack"]) == (slow["needles"], slow["haystack"]) and len(fast["needles"]) == 2
     for name in slow.keys() - {"needles", "haystack"}:
         assert fast[name].dtype == slow[name].dtype
@@ -440,7 +440,7 @@ def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
 
 
 def test_seen_encoder_neither_draws_nor_renders_nor_tokenises_again(processor, haystacks, pool, monkeypatch):
-    encode_seen, calls = SeenEncoder(pool, HaystackCollator(processor)), []
+    encode_seen, calls = PieceEncoder(pool, HaystackCollator(processor)), []
     encode_seen(haystacks[0])
     for owner, name in ((type(processor), "__call__"), (type(processor), "apply_chat_template"), (type(processor.tokenizer), "__call__"), (type(haystacks[0]), "image")):
         monkeypatch.setattr(owner, name, lambda *a, name=name, **k: calls.append(name))
@@ -453,7 +453,7 @@ def test_a_template_that_counts_pictures_is_refused(processor, haystacks, tiny):
     counting.chat_template = counting.chat_template.replace("<|vision_start|>", "dog{{ loop.index0 }}<|vision_start|>")
     assert counting.chat_template != processor.chat_template
     collate = HaystackCollator(counting)
-    with pytest.raises(ValueError, match="cannot be put together from pieces"): SeenEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
+    with pytest.raises(ValueError, match="cannot be put together from pieces"): PieceEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
 
 
 @pytest.mark.parametrize("data", ["pixels", "features"])
