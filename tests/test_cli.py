@@ -18,7 +18,6 @@ from laid_nb import __version__, cli, demo, inspector, serve
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
-from laid_nb.accuracy import Counts, wilson
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
 from laid_nb.inputs import encode
