@@ -20,9 +20,7 @@ from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .haystack import Haystack, haystack_fingerprint
-from laid_nb.inputs import (
-    prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
-)
+from .inputs import prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
 from .store import model_fingerprint, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #branch

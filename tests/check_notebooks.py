@@ -6,10 +6,10 @@ It fails when a cell raises, shows something and has no stored output, has a sto
 another text than the stored one. `--write` stores the outputs of the cells at fault and of those whose source differs
 from git HEAD, and leaves all others as they are, so that a difference stays small; `--all` stores those of every cell.
 
-Passed over: cells with a flag of `tst_flags` in settings.ini (`#| slow`), with `#| eval: false`, and the cell that exports.
+Passed over: cells with a flag of `tst_flags` in settings.ini (`#| slow`), with `#| eval: false`, and the export.
 Compared: what is printed, and the text, Markdown and HTML of what is displayed. Of a picture only that it is there.
 Not compared: stderr, times, sizes in bytes, dates, addresses, ports, absolute paths, versions, digests, progress bars.
-Integers must be equal; of other numbers 2% or one unit of the last digit may be missing, and rounding errors are all equal.
+Integers must be equal; other numbers may differ by 2% or one unit of the last digit, and rounding errors are all equal.
 Of a cell flagged `#| varies`, whose numbers depend on the machine, only the form: as many lines, and in each, numbers
 left aside, at least half of the words. Which cells need the flag shows a run as on another processor:
 
@@ -23,6 +23,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -75,29 +76,32 @@ class Run:
 
 def environment(folder):  # where the kernels may write
     "Of the kernels: no network, no GPU, one thread, pictures in the notebook, lines of 80, no settings of the user."
-    given = {name: value for name, value in os.environ.items() if name not in ("MPLBACKEND", "FORCE_COLOR", "PY_COLORS")}
+    unwanted = ("MPLBACKEND", "FORCE_COLOR", "PY_COLORS")
+    given = {name: value for name, value in os.environ.items() if name not in unwanted}
     path = os.pathsep.join(filter(None, [str(ROOT), given.get("PYTHONPATH")]))
     return given | dict(IN_TEST="1", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PYTHONPATH=path,
                         IPYTHONDIR=str(folder), COLUMNS="80", PYTHONHASHSEED="0", TOKENIZERS_PARALLELISM="false")
 
 
 async def run(path, folder, passed):
-    "Run one notebook in a kernel of its own, in its folder, up to the first error. `folder`: for what the kernel writes."
+    "Run one notebook in a kernel of its own up to the first error. `folder`: for what the kernel writes."
     import nbformat
     from jupyter_client import AsyncKernelManager
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
     start, begun = time.time(), []
-    cells = [cell | dict(source=joined(cell["source"]), outputs=[]) for cell in read(path)["cells"] if is_run(cell, passed)]
+    cells = [cell for cell in read(path)["cells"] if is_run(cell, passed)]
+    cells = [cell | dict(source=joined(cell["source"]), outputs=[]) for cell in cells]
     live = nbformat.from_dict(dict(cells=cells, metadata={}, nbformat=4, nbformat_minor=5))
-    number = len(list(Path(folder).glob("*.json")))  # a short name, as the path of a socket has to be
-    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=f"{folder}/{number}.json")
+    # sockets need short paths, so they are put into `folder`
+    manager = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=f"{folder}/kernel.json")
     client = NotebookClient(live, km=manager, timeout=TIMEOUT, store_widget_state=False, shutdown_kernel="immediate",
                             resources=dict(metadata=dict(path=str(path.parent))),
+                            on_notebook_start=lambda notebook: interruptible(),
                             on_cell_start=lambda cell, cell_index: begun.append(cell["id"]))
     error = None
     try:
-        await client.async_execute(env=environment(folder))
+        await client.async_execute(env=environment(folder), cleanup_kc=True)
     except CellExecutionError as e:
         error = f"{e.ename}: {e.evalue}\n{short_traceback(e.traceback)}"
     except (CellTimeoutError, DeadKernelError) as e:
@@ -105,6 +109,12 @@ async def run(path, folder, passed):
     done = begun if error is None else begun[:-1]
     outputs = {cell["id"]: stored_form(cell["outputs"]) for cell in live["cells"] if cell["id"] in done}
     return Run(path, outputs, error and (begun[-1] if begun else "(no cell)", error), time.time() - start)
+
+
+def interruptible():
+    "Ctrl-C ends the whole run; nbclient's handlers would end the kernel of one notebook."
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM): loop.remove_signal_handler(number)
 
 
 def short_traceback(text):
@@ -126,7 +136,7 @@ async def run_all(paths, jobs, passed, report):
 
 # --- outputs as they are stored -------------------------------------------------
 def stored_form(outputs):
-    "Outputs as the project stores them and nbdev_clean leaves them: no counts, metadata, stderr, widgets, progress bars."
+    "Outputs as they are stored, and nbdev_clean leaves them: no counts, metadata, stderr, widgets, progress bars."
     made = []
     for output in json.loads(json.dumps(outputs)):
         kind = output["output_type"]
@@ -186,7 +196,7 @@ ASIDE = [
     (r"<Figure size [^>]*>", "<Figure>"),
     (r"0x[0-9a-fA-F]+", "<address>"),
     (r"(?i)((?:\bport|127\.0\.0\.1|localhost)\W{1,2})\d{4,5}\b", r"\1<port>"),
-    (r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,64}\b", "<digest>"),      # of weights, whose last bits depend on the processor
+    (r"\b(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{8,64}\b", "<digest>"),       # of weights: their last bits vary by processor
     (r"\b\d{4}-\d\d-\d\d(?:[T ]\d\d:\d\d(?::\d\d(?:\.\d+)?)?Z?)?", "<date>"),
     (r"\b\d+:\d\d:\d\d(?:\.\d+)?", "<time>"),
     (r"(?<![\w./:…<-])~?/(?:[\w.+@~-]+/)+[\w.+@~-]*", "<path>"),
@@ -200,7 +210,8 @@ ASIDE = [
     (r"-{3,}", "---"),
 ]
 ASIDE = [(re.compile(pattern, re.M | re.S if "svg" in pattern else re.M), new) for pattern, new in ASIDE]
-NUMBER = re.compile(r"(?<![\w.])(?:(?<![)\]])[-+−])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d+)?|(?<![\w.])[-+−]?\.\d+")
+NUMBER = re.compile(r"(?<![\w.])(?:(?<![)\]])[-+−])?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?(?:e[-+]?\d+)?"
+                    r"|(?<![\w.])[-+−]?\.\d+")
 
 
 def lines(text):
@@ -279,7 +290,9 @@ def fault(cell, outputs):
     return ("shows another text than the stored one", wrong) if wrong else None
 
 
-def shown(found): return [line for kind, text in found for line in ([f"<{kind}>"] if kind == "picture" else lines(text))]
+def shown(found):
+    "Lines of the parts of an output."
+    return [line for kind, text in found for line in (lines(text) or [f"<{kind}>"])]
 
 
 def faults(nb, done):
@@ -297,7 +310,8 @@ def sources_in_git(path):
     "Cell id -> source at HEAD; {} where there is no such notebook or no git."
     command = ["git", "show", f"HEAD:./{path.name}"]
     found = subprocess.run(command, cwd=path.parent, capture_output=True, text=True, encoding="utf-8")
-    return {cell["id"]: joined(cell["source"]) for cell in json.loads(found.stdout)["cells"]} if found.returncode == 0 else {}
+    cells = json.loads(found.stdout)["cells"] if found.returncode == 0 else []
+    return {cell["id"]: joined(cell["source"]) for cell in cells}
 
 
 def write(nb, done, everything=False):
@@ -311,7 +325,9 @@ def write(nb, done, everything=False):
         if not (everything or changed or fault(cell, outputs)) or cell["outputs"] == outputs: continue
         cell["outputs"] = copy.deepcopy(outputs)
         written.append(cell["id"])
-    if written: done.path.write_text(json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    if written:
+        text = json.dumps(nb, ensure_ascii=False, indent=1, sort_keys=True)
+        done.path.write_text(text + "\n", encoding="utf-8")
     return written
 
 
@@ -343,13 +359,16 @@ def main(arguments=None):
         words = [f"{named(done.path)}: {done.seconds:.0f} s", *([f"stored {', '.join(written)}"] if written else [])]
         print(*words, *([f"{len(wrong)} at fault"] if wrong else []), sep=", ", flush=True)
         found.extend((named(done.path), *rest) for rest in wrong)
-    asyncio.run(run_all(notebooks(args.paths or [ROOT/"nbs"]), args.jobs, passed_flags(), report))
+    try:
+        asyncio.run(run_all(notebooks(args.paths or [ROOT/"nbs"]), args.jobs, passed_flags(), report))
+    except KeyboardInterrupt:
+        return 130
     for path, cell, what, text in sorted(found, key=lambda f: str(f[0])):
         print(f"\n{path}, cell {cell}: {what}")
         for line in text[:SHOWN_LINES]: print(f"    {excerpt(line, 0)}")
         if len(text) > SHOWN_LINES: print(f"    … {len(text) - SHOWN_LINES} more")
     if not found: return 0
-    print(f"\n{len(found)} cells at fault. Outputs are part of the source: look at them, then make outputs ARGS=NOTEBOOK")
+    print(f"\n{len(found)} cells at fault. Outputs are part of the source: look, then make outputs ARGS=NOTEBOOK")
     return 1
 
 

@@ -18,6 +18,7 @@ from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCac
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
+from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
@@ -115,7 +116,7 @@ def test_attention_is_the_models_own_again(way, attention):
     with pytest.raises(ZeroDivisionError), way(model):
         assert not torch.allclose(logits(model, inputs), before, atol=1e-3)
         1/0
-    assert torch.equal(logits(model, inputs), before) and not baselines._changed and not model.model._forward_hooks and not model.model.rotary_emb._forward_pre_hooks
+    assert torch.equal(logits(model, inputs), before) and not interceptions and not model.model._forward_hooks and not model.model.rotary_emb._forward_pre_hooks
 
 def test_another_model_is_not_changed():
     model, other, inputs = llama(), llama(), dict(input_ids=torch.randint(1, 60, (1, 20)))
@@ -456,7 +457,7 @@ def test_evaluation_names_its_method(method, values, text, model, processor, hay
     records = evaluate_with(method, values, model, processor, [haystack], path, progress=False)
     if method == "sort": direct = ask_sorted(model, processor, haystack)[0]
     else:
-        with baselines.METHODS[method](model, *values): direct = ask(model, processor, haystack)[0]
+        with baselines._METHODS[method](model, *values): direct = ask(model, processor, haystack)[0]
     np.testing.assert_allclose([r["margin"] for r in records], (direct[:, 0] - direct[:, 1]).tolist(), atol=1e-4)
     assert read_records(path)[0]["method"] == text
     with pytest.raises(ValueError, match="another .*method"): evaluate(model, processor, [haystack], path, progress=False)
@@ -472,7 +473,7 @@ def test_a_file_of_the_plain_model_is_not_mixed_with_a_method(model, processor, 
 def test_methods_of_the_experiments(model, processor, haystack, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/"experiments"))
     import training_free
-    assert training_free.TRIED.keys() == training_free.NAMES.keys() == {*baselines.METHODS, "sort"}
+    assert training_free.TRIED.keys() == training_free.NAMES.keys() == {*baselines._METHODS, "sort"}
     for name, way in training_free.methods({"yarn": [2.], "self_extend": [3, 8], "log_n": [.5, 12], "sort": [1]}).items():
         records = way(model, processor, [haystack], tmp_path/f"{name}.jsonl")
         assert len(records) == 4 and read_records(tmp_path/f"{name}.jsonl")[0]["method"]

@@ -4,7 +4,8 @@ import pytest, torch
 from torch.nn.functional import softmax
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config,
                           T5ForConditionalGeneration)
-from laid_nb.capture import capture, extend_heads
+from laid_nb import capture as module
+from laid_nb.capture import _extend_heads, capture, captures_of, intercept, residual_streams, text_attentions
 
 TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
             max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
@@ -13,7 +14,7 @@ CLIP = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_atten
 QWEN = dict(depth=1, num_heads=2, patch_size=14, spatial_merge_size=2, temporal_patch_size=2)
 IDS = dict(image_token_id=50, video_token_id=51, vision_start_token_id=52, vision_end_token_id=53)
 FAMILIES = dict(
-    llama=TEXT, qwen2=TEXT, qwen3=TEXT, mistral=TEXT, phi3=TEXT, glm=TEXT,
+    llama=TEXT, smollm3=TEXT | dict(no_rope_layers=[1, 0]), qwen2=TEXT, qwen3=TEXT, mistral=TEXT, phi3=TEXT, glm=TEXT,
     qwen2_vl=dict(text_config=TEXT | MROPE, vision_config=QWEN | dict(embed_dim=16, hidden_size=32, mlp_ratio=1), **IDS),
     qwen2_5_vl=dict(text_config=TEXT | MROPE, vision_config=QWEN | dict(hidden_size=16, intermediate_size=16, out_hidden_size=32, window_size=56, fullatt_block_indexes=[0]), **IDS),
     qwen3_vl=dict(text_config=TEXT | MROPE, vision_config=QWEN | dict(hidden_size=16, intermediate_size=16, out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=[0]), **IDS),
@@ -121,6 +122,68 @@ def test_cross_attention_is_left_alone():
     with capture(text) as cache: inside = run()
     assert torch.equal(before, inside) and cache.layers == [0, 2]
     with capture(text, [], bias=torch.rand(1, 1, 5, 5)): assert run().shape == before.shape      # a bias of 5 x 5 would not fit the 7 image states
+
+@pytest.mark.parametrize("family", ["smollm3", "mllama", "qwen3_vl", "gemma3"])
+def test_text_attentions_are_those_that_are_captured(family):
+    "With RoPE or without it; neither cross-attention nor the vision tower."
+    model = build(family)
+    with capture(model) as cache: model(**batch("none"))
+    found = text_attentions(model)
+    assert list(found) == cache.layers and all(m.layer_idx == layer and m.config is model.config.get_text_config() for layer, m in found.items())
+
+# --- interception -----------------------------------------------------------------------------------------------------------------------------
+def halve(call, module, query, *rest, **kwargs): return call(module, query / 2, *rest, **kwargs)
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+@pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "mllama"])
+def test_a_change_stands_for_the_stock_function(family, padding, attn):
+    "Halved queries, against q_proj halved; both masks and cross-attention as they were."
+    model, other, inputs = build(family, attn), build(family, attn), batch(padding)
+    with torch.no_grad():
+        for m in text_attentions(other).values():
+            for p in (m.qkv_proj if hasattr(m, "qkv_proj") else m.q_proj).parameters(): p.mul_(.5)
+        before = model(**inputs).logits
+        with intercept(model, halve): inside = model(**inputs).logits
+        assert torch.equal(inside, other(**inputs).logits) and torch.equal(model(**inputs).logits, before) and not torch.allclose(inside, before)
+
+def test_interceptions_of_other_names_nest_and_the_capture_among_them():
+    model, inputs = build("qwen2_5_vl", "sdpa"), batch("left")
+    double = {layer: lambda q: 2 * q for layer in (0, 1)}
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with intercept(model, halve), capture(model, gain=double) as cache:
+            assert torch.equal(model(**inputs).logits, before)                # doubled, recorded, halved
+            with intercept(model, halve, "outer"): assert not torch.allclose(model(**inputs).logits, before)
+            assert model.config.text_config._attn_implementation == "laid_changed_sdpa" and captures_of(model) == [cache]
+        with capture(model) as plain: model(**inputs)
+    assert torch.equal(cache["q", 0], plain["q", 0]) and not module._changes and captures_of(model) == []
+
+def test_a_name_is_taken_once_and_only_by_its_kernels():
+    model, other = build("llava", "sdpa"), build("llava", "eager")
+    with intercept(model, halve):
+        for again in (model, model.model.language_model):
+            with pytest.raises(RuntimeError, match=f"the attention of {type(again).__name__} is changed already"):
+                with intercept(again, halve): pass
+        with intercept(other, halve, kernels=("eager",)): assert len(module._changes) == 2
+    with pytest.raises(ValueError, match='"sdpa" cannot be changed: load the model with attn_implementation="eager" or "flex"'):
+        with intercept(model, halve, kernels=("eager", "flex")): pass
+    assert not module._changes and set(implementations(model)) == {"sdpa"}
+
+def test_an_interception_leaves_after_an_error():
+    model = build("gemma3", "sdpa")
+    before = implementations(model)
+    with pytest.raises(ZeroDivisionError), intercept(model, lambda *args, **kwargs: 1 / 0): model(**batch("none"))
+    assert implementations(model) == before and not module._changes
+
+def test_a_dense_bias_is_refused_inside_an_interception():
+    "Its kernel has another name, so nobody knows whether it takes a mask; factors enter as wide heads."
+    model, inputs, (rows, keys) = build("llama", "sdpa"), batch("none"), factors()
+    with torch.no_grad(), capture(model, [], bias=(rows, keys)): expected = model(**inputs).logits
+    with torch.no_grad(), intercept(model, lambda call, *args, **kwargs: call(*args, **kwargs)), capture(model, [], bias=(rows, keys)) as cache:
+        torch.testing.assert_close(model(**inputs).logits, expected, rtol=0, atol=1e-5)
+        cache.bias = (rows @ keys.mT)[:, None]
+        with pytest.raises(ValueError, match='"changed_sdpa" takes no dense bias'): model(**inputs)
 
 # --- before RoPE ------------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("family", ["llama", "qwen2_5_vl", "qwen3_vl", "gemma3", "glm", "glm4v"])
@@ -319,6 +382,27 @@ def test_generate_inside_capture(attn):
     with capture(model): inside = model.generate(**inputs, max_new_tokens=4, do_sample=False)
     assert torch.equal(plain, inside)
 
+# --- residual streams -------------------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("family", ["llama", "smollm3", "qwen2_5_vl", "gemma3"])
+def test_streams_are_the_hidden_states(family):
+    "After each layer, with RoPE or without (layer 1 of SmolLM3 here); a model's own list has the norm on the last one."
+    model, inputs = build(family), batch("left")
+    with torch.no_grad(), residual_streams(model, [0, 1]) as streams: states = model(**inputs, output_hidden_states=True).hidden_states
+    norm = getattr(model.model, "language_model", model.model).norm
+    assert torch.equal(streams[0], states[1]) and torch.equal(norm(streams[1]), states[2])
+
+def test_streams_end_with_their_block():
+    model, inputs = build("llama"), batch("none")
+    def hooks(): return sum(len(m._forward_hooks) for m in model.modules())
+    before = hooks()
+    with pytest.raises(ZeroDivisionError), residual_streams(model, [1]) as streams:
+        model(**inputs)
+        assert list(streams) == [1] and streams[1].requires_grad
+        1 / 0
+    with pytest.raises(KeyError):
+        with residual_streams(model, [0, 2]): pass
+    assert hooks() == before
+
 # --- bias -------------------------------------------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("padding", ["none", "left", "right"])
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
@@ -396,7 +480,7 @@ def test_extended_heads_hold_the_bias(head_dim, value_dim, images, dtype, atol):
     "Outputs and gradients of grouped attention, against softmax(s q k^T + rows keys^T) v written out."
     g, (rows, keys), s = torch.Generator().manual_seed(3), factors(images=images, dtype=dtype), .3
     x = [torch.randn(2, h, 9, d, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for h, d in ((4, head_dim), (2, head_dim), (2, value_dim))]
-    q, k, v = extend_heads(*x, rows, keys, s)
+    q, k, v = _extend_heads(*x, rows, keys, s)
     assert q.shape[-1] == k.shape[-1] == v.shape[-1] and q.shape[-1] % 8 == 0 and q.shape[-1] < max(head_dim + images, value_dim) + 8
     wide = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=s, enable_gqa=True)[..., :value_dim]
     k, v = (t.repeat_interleave(2, 1) for t in x[1:])

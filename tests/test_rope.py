@@ -1,10 +1,11 @@
 "RopeSpec against the stock rotary modules and attention of transformers; the series and its leakage against direct sums."
 import importlib
 import math
+from dataclasses import replace
 import pytest, torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 from transformers.masking_utils import sdpa_mask
-from laid_nb.rope import RopeSpec, leakage, plot_bands, plot_series, resolved_bands, rope_series, rope_spec
+from laid_nb.rope import RopeSpec, leakage, plot_bands, resolved_bands, rope_series, rope_spec, shared_rope
 
 SIZES = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=2, max_position_embeddings=64)
 TRAINED = dict(factor=4.0, original_max_position_embeddings=32, rope_theta=1e4)
@@ -191,6 +192,13 @@ def test_wrong_sections_shapes_and_layers():
     with pytest.raises(ValueError, match=r"positions have shape \[2, 1, 5\]"): spec.cos_sin(torch.zeros(2, 1, 5))
     with pytest.raises(ValueError, match="16 dimensions a head"): spec.pairs(torch.zeros(1, 16))
 
+def test_a_rope_is_shared_by_layout_and_frequencies_but_for_the_amplitude():
+    spec = rope_spec(make("qwen2_5_vl")[0])
+    assert shared_rope(spec, rope_spec(make("qwen2_vl")[0])) and shared_rope(spec, replace(spec, scaling=1.3))
+    assert not any(shared_rope(spec, rope_spec(make(name)[0])) for name in ("llama", "partial", "qwen3_vl", "qwen2_5_vl yarn"))
+    assert not shared_rope(spec, replace(spec, head_dim=40)) and not shared_rope(spec, replace(spec, adjacent=True))
+    assert not shared_rope(spec, replace(spec, inv_freq=spec.inv_freq * 1.01))
+
 # ---- series
 
 BANDS = 1e4 ** (-torch.arange(8, dtype=torch.float64) / 8)
@@ -285,10 +293,3 @@ def test_plot_bands_shows_every_turning_band_once():
     assert sorted(int(x) for line in dots for x in line.get_xdata()) == [0, 1, 2, 3]
     assert sum(len(line.get_xdata()) for line in dots if line.get_markerfacecolor() != "none") == int(resolved_bands(spec.inv_freq, 15).sum()) == 2      # 6.3 and 11.2; not 19.9, 35.3
     assert axes.get_ylim() == (1, 1e8)
-
-def test_plot_series_draws_the_lines_it_is_given():
-    far = torch.tensor([1, 10, 100])
-    axes = plot_series(far, torch.stack([rope_series(BANDS, far), -rope_series(BANDS, far)]), ["f", "-f"], (-9, 9)).axes[0]
-    torch.testing.assert_close(torch.tensor(axes.lines[0].get_ydata(), dtype=torch.float64), rope_series(BANDS, far))
-    assert [t.get_text() for t in axes.get_legend().get_texts()] == ["f", "-f"] and axes.get_ylim() == (-9, 9)
-    with pytest.raises(ValueError, match=r"shape \[1, 3\], expected \[2, 3\]"): plot_series(far, torch.zeros(1, 3), ["a", "b"], (0, 1))

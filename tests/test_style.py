@@ -94,8 +94,9 @@ def test_these_may_stand_behind_a_colon(source): assert compounds(source) == []
 
 
 @pytest.mark.parametrize("source", [
-    "for p in xs: p.grad = None", "if x: y = 1", "if x:\n    return 1\nelse: return 2", "with a: f()", "while x: x -= 1",
-    "try: f()\nexcept E:\n    g()", "try:\n    f()\nexcept E: x = 1", "def f(x): y = x; return y", "class A: x = 1",
+    "for p in xs: p.grad = None", "if x: y = 1", "if x:\n    return 1\nelse: return 2", "with a: f()",
+    "while x: x -= 1", "try: f()\nexcept E:\n    g()", "try:\n    f()\nexcept E: x = 1", "def f(x): y = x; return y",
+    "class A: x = 1",
     "try:\n    f()\nfinally: g()", "if x: y = 1; return y", "async def f():\n    async with a: g()",
 ])
 def test_these_may_not(source): assert len(compounds(source)) == 1
@@ -106,7 +107,8 @@ def test_a_semicolon_is_found_but_not_in_a_text():
 
 
 def test_private_names_of_other_modules_are_found():
-    source = "from .capture import _active, capture\nimport laid_nb.gain as g\ng._hidden\nself._own\nfrom torch import _C"
+    source = ("from .capture import _active, capture\nimport laid_nb.gain as g\n"
+              "g._hidden\nself._own\nfrom torch import _C")
     assert private_names(source, {"laid_nb"}) == ["_active", "g._hidden"]
     assert private_names("from . import store\nstore._x\nfrom . import __version__", {"laid_nb"}) == ["store._x"]
     assert private_names("from common import _write\nimport os\nos._exit(0)", {"common"}) == ["_write"]
