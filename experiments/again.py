@@ -82,7 +82,7 @@ def marked(
     if not window or not ratio: return row
     size, low, high = window.groups()
     marks = [{"≥": "≥", "<": "≤"}.get(end[0], "") for end in (low, high)]
-    ends = ", ".join(mark + end for mark, end in zip(marks, ratio.groups()[1:]))
+    ends = ", ".join(mark + end.lstrip("≥≤") for mark, end in zip(marks, ratio.groups()[1:]))
     outside = size == low == high and marks[0]
     return row | dict(window=f"{size} {UNMEASURED}" if outside else row["window"], ratio=f"{ratio[1]} [{ends}]")
 
