@@ -2,7 +2,7 @@
 import pytest
 
 from laid_nb.accuracy import Results, count
-from laid_nb.demo import TRAININGS, _claim, _verdict
+from laid_nb.demo import TRAININGS, _claim, verdict
 
 
 def test_claim_resumes_refuses_and_starts_anew(tmp_path):
@@ -25,6 +25,6 @@ def test_the_verdict_says_longer_only_where_intervals_are_apart():
     models = {"teacher": count(sizes, [199, 198, 197], [200]*3), "student": count(sizes, [198, 140, 100], [200]*3)}
     models |= {name: count(sizes, [198, 180, 110], [200]*3) for name in TRAININGS}
     models["SFT"] = models["student"]
-    said = _verdict(Results(models, "student")).splitlines()
+    said = verdict(Results(models, "student")).splitlines()
     assert "no difference shown" in said[1] and all("longer" in line for line in said[2:-1])
     assert said[-1].startswith("Right at 50 images and more: teacher 98%, student 50%, SFT 50%")
