@@ -8,8 +8,8 @@ ARGS   ?=
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo inspect test bench reproduce lab docs docs-serve export clean-notebooks readme wheel clean \
-        check-clean check-export check-readme check-notebooks check-tests check-docs check-browser check-wheel
+.PHONY: help demo inspect test bench reproduce lab docs docs-serve export clean-notebooks outputs readme wheel clean \
+        check-clean check-export check-readme check-style check-notebooks check-tests check-docs check-browser check-wheel
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ export: $(VENV)/.dev  ## notebooks -> laid_nb/*.py
 clean-notebooks: $(VENV)/.dev  ## strip notebook metadata, keep ids and outputs
 	$(BIN)/nbdev_clean
 
+outputs: $(VENV)/.dev  ## run ARGS=nbs/x.ipynb, or all, and store the outputs that are not what is stored
+	$(BIN)/python tests/check_notebooks.py --write $(ARGS)
+
 # A code cell is Python; links of the notebook are relative to nbs/, those of README.md to the root.
 readme: $(VENV)/.dev  ## nbs/index.ipynb -> README.md
 	@rm -rf README_files
@@ -79,11 +82,12 @@ wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl
 	@ls -l dist/*.whl
 
 # --- test ---------------------------------------------------------------------
-test: $(VENV)/.dev  ## notebooks clean and exported, README, notebooks run, tests, site, browser, wheel
+test: $(VENV)/.dev  ## notebooks clean and exported, README, style, notebooks run, tests, site, browser, wheel
 	@$(MAKE) --no-print-directory check-clean
 	@$(MAKE) --no-print-directory check-export
 	@$(MAKE) --no-print-directory check-readme
-	@$(MAKE) --no-print-directory check-notebooks
+	@$(MAKE) --no-print-directory check-style
+	@$(MAKE) --no-print-directory check-notebooks ARGS=
 	@$(MAKE) --no-print-directory check-tests
 	@$(MAKE) --no-print-directory check-docs
 	@$(MAKE) --no-print-directory check-browser
@@ -110,16 +114,18 @@ check-readme: readme
 	@echo "== README.md is what nbs/index.ipynb says"
 	$(call unchanged,README.md README_files,README.md was not made from nbs/index.ipynb: look at the change then git add README.md)
 
-# one thread each, as several notebooks run at once
-check-notebooks: export OMP_NUM_THREADS := 1
-check-notebooks: export HF_HUB_OFFLINE := 1
-check-notebooks: $(VENV)/.dev  ## run every notebook, without the cells marked slow
+check-style: $(VENV)/.dev  ## ruff, and what it has no rule for
+	@echo "== style"
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest tests/test_style.py -q
+
+check-notebooks: $(VENV)/.dev  ## run every notebook, or ARGS=, without the cells marked slow; outputs are what is stored
 	@echo "== notebooks"
-	$(BIN)/nbdev_test --do_print --timing
+	$(BIN)/python tests/check_notebooks.py $(ARGS)
 
 check-tests: $(VENV)/.dev  ## pytest only
 	@echo "== tests"
-	$(BIN)/python -m pytest tests --ignore=tests/browser -q --durations=5 $(ARGS)
+	$(BIN)/python -m pytest tests --ignore=tests/browser --ignore=tests/test_style.py -q --durations=5 $(ARGS)
 
 # a browser that is not there is installed, where Debian's packages can be
 check-browser: $(VENV)/.dev  ## widgets, laid inspect and the site in a real browser (make docs first)

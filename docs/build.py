@@ -1,16 +1,32 @@
-"""The documentation site. `python docs/build.py`: notebooks and the pages of docs/ -> _docs_src/ -> site/, checked. No network, nothing is run.
+"""The documentation site. `python docs/build.py`: notebooks and the pages of docs/ -> _docs_src/ -> site/, checked.
+No network, nothing is run.
 
 Also a hook of mkdocs: a notebook's HTML gets the theme's own markup instead of JupyterLab's style sheets."""
-import argparse, ast, base64, configparser, html, importlib, inspect, io, json, logging, os, re, shutil, sys, time
+import argparse
+import ast
+import base64
+import configparser
+import html
+import importlib
+import inspect
+import io
+import json
+import logging
+import os
+import re
+import shutil
+import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES, SITE = ROOT/"_docs_src", ROOT/"site"
 sys.path[:0] = [str(ROOT/"docs"), str(ROOT)]
 
+from mkdocs_jupyter.utils import slugify
+
 import reference
 from check import check
-from mkdocs_jupyter.utils import slugify
 
 SETTINGS = configparser.ConfigParser(interpolation=None)
 SETTINGS.read(ROOT/"settings.ini")
@@ -19,6 +35,9 @@ REPOSITORY = f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}"
 BASE = SETTINGS["doc_baseurl"].rstrip("/") + "/"
 SECTIONS = {"Understand": (0, 5), "Use": (6, 99)}    # numbers of the notebooks
 PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
+NOTEBOOK_KEYS = ("cell_type", "id", "metadata", "source", "outputs", "execution_count")
+FOLDS = {  # why a cell's code is folded -> what is read there
+    "imports": "Imports", "examples": "Imports of the examples", "plotting": "Plotting code", "code": "Code"}
 
 class Refused(Exception):
     "What the reader would miss, with the place to mend it."
@@ -41,7 +60,8 @@ def headings(
     title, anchor, seen = "", "", {}
     for cell in nb["cells"]:
         if cell["cell_type"] == "markdown":
-            for found in re.finditer(r"^#{1,6} (.+)$", re.sub(r"```.*?```", "", joined(cell["source"]), flags=re.S), re.M):
+            prose = re.sub(r"```.*?```", "", joined(cell["source"]), flags=re.S)
+            for found in re.finditer(r"^#{1,6} (.+)$", prose, re.M):
                 title, anchor = found[1].strip(), once(slugify(re.sub(r"[`*]", "", found[1])), seen)
         yield cell, title, anchor
 
@@ -51,7 +71,9 @@ def defined(
     names = []
     for node in ast.parse(source).body:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): names.append(node.name)
-        elif isinstance(node, ast.Assign): names += [n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+        elif isinstance(node, ast.Assign):
+            parts = [n for target in node.targets for n in ast.walk(target)]
+            names += [n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name): names.append(node.target.id)
     return names
 
@@ -60,7 +82,8 @@ def directive(source, name):
     return None if found is None else found[1].strip()
 
 def module_of(nb):  # name of the module that a notebook exports, or None
-    return next((m for c in nb["cells"] if c["cell_type"] == "code" and (m := directive(joined(c["source"]), "default_exp"))), None)
+    code = [joined(cell["source"]) for cell in nb["cells"] if cell["cell_type"] == "code"]
+    return next((name for source in code if (name := directive(source, "default_exp"))), None)
 
 class Names:
     "Public names of laid_nb: where the API page and the notebook's section are."
@@ -74,9 +97,11 @@ class Names:
             for cell, title, anchor in headings(nb):
                 source = joined(cell["source"])
                 if cell["cell_type"] == "code" and directive(source, "export") is not None:
-                    for n in defined(source): self.where[name].setdefault(n, (f"{page}#{anchor}", re.sub(r"`", "", title)))
+                    place = (f"{page}#{anchor}", title.replace("`", ""))
+                    for n in defined(source): self.where[name].setdefault(n, place)
             missing = [n for n in module.__all__ if n not in self.where[name]]
-            if missing: raise Refused(f"laid_nb.{name} has {missing[0]}, which no exported cell of {path} defines: make export")
+            if missing:
+                raise Refused(f"laid_nb.{name} has {missing[0]}, which no exported cell of {path} defines: make export")
         self.known = {}
         for name, module in self.modules.items():
             for n in module.__all__: self.known.setdefault(n, []).append(name)
@@ -87,10 +112,14 @@ class Names:
     ) -> str | None:  # the API page and anchor; None where another thing may be meant
         homes = self.known.get(name, [])
         if module in homes: return f"api/{module}.html#{name}"
-        return f"api/{homes[0]}.html#{name}" if len(homes) == 1 and re.search(r"_|[a-z][A-Z]|^[A-Z][a-z]", name) else None
+        clear = len(homes) == 1 and re.search(r"_|[a-z][A-Z]|^[A-Z][a-z]", name)
+        return f"api/{homes[0]}.html#{name}" if clear else None
 
 # --- links and pictures -------------------------------------------------------
-TEXT = re.compile(r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$)|(`[^`\n]+`|\$[^$\n]+\$)|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([\w./#:%?=&~@+,-]+)\)|(<(?:img|a)\b[^>]*?\b(?:src|href)=\")([^\"]+)(\")", re.S)
+TEXT = re.compile(
+    r"(```.*?```|~~~.*?~~~|\$\$.*?\$\$)|(`[^`\n]+`|\$[^$\n]+\$)"  # what is left alone, or linked to the API
+    r"|(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([\w./#:%?=&~@+,-]+)\)"  # [label](link)
+    r"|(<(?:img|a)\b[^>]*?\b(?:src|href)=\")([^\"]+)(\")", re.S)
 
 class Links:
     "Rewrites what a text of one source file points to, for its place on the site."
@@ -103,7 +132,8 @@ class Links:
         copied: Path | None = None,  # where pictures of the repository are put; None: _docs_src
         pages_as: str = ".html",  # suffix of links to pages; ".md" is checked by mkdocs
     ):
-        self.source, self.page, self.pages, self.names, self.module, self.copied = source, page, pages, names, module, copied or SOURCES
+        self.source, self.page, self.pages = source, page, pages
+        self.names, self.module, self.copied = names, module, copied or SOURCES
 
     def relative(self, target): return os.path.relpath(target, self.page.parent).replace(os.sep, "/")
 
@@ -116,7 +146,9 @@ class Links:
         if file.as_posix() in self.pages: return self.relative(self.pages[file.as_posix()]) + fragment
         if os.path.normpath(self.page.parent/path) in self.pages.values(): return link
         if not (ROOT/file).exists(): raise Refused(f"{self.source}: the link {link} leads to no file of the repository")
-        if not picture: return f"{REPOSITORY.replace('/blob/', '/tree/') if (ROOT/file).is_dir() else REPOSITORY}/{file.as_posix()}{fragment}"
+        if not picture:
+            top = REPOSITORY.replace("/blob/", "/tree/") if (ROOT/file).is_dir() else REPOSITORY
+            return f"{top}/{file.as_posix()}{fragment}"
         if file.parts[:2] == ("docs", "screens"): return self.relative(file.relative_to("docs"))
         copy = Path("figures")/file.name
         (self.copied/copy).parent.mkdir(parents=True, exist_ok=True)
@@ -130,12 +162,14 @@ class Links:
             if block: return block
             if inline:
                 page = self.names and inline[0] == "`" and self.names.page(inline[1:-1], self.module)
-                if not page or page in seen or found.string[:found.start()].rsplit("\n", 1)[-1].startswith(("#", "|")): return inline
+                line = found.string[:found.start()].rsplit("\n", 1)[-1]
+                if not page or page in seen or line.startswith(("#", "|")): return inline
                 seen.add(page)
                 return f"[{inline}]({self.relative(page)})"
             if address: return before + self.target(address, before.startswith("<img")) + after
             if bang and not label.strip(): raise Refused(f"{self.source}: the picture {link} has no alt text")
-            if label.startswith("![") and (inner := re.match(r"!\[([^\[\]]*)\]\(([^)]+)\)$", label)): label = f"![{inner[1]}]({self.target(inner[2], True)})"
+            inner = re.match(r"!\[([^\[\]]*)\]\(([^)]+)\)$", label)
+            if inner: label = f"![{inner[1]}]({self.target(inner[2], True)})"
             return f"{bang}[{label}]({self.target(link, bool(bang))})"
         return TEXT.sub(change, text)
 
@@ -155,7 +189,8 @@ def picture(
         from PIL import Image
         size = ' width="{}" height="{}"'.format(*Image.open(io.BytesIO(data)).size)
     where = links.relative(file)
-    return f'<a class="laid-figure" href="{where}"><img src="{where}" alt="{html.escape(alt)}"{size} loading="lazy"></a>'
+    image = f'<img src="{where}" alt="{html.escape(alt)}"{size} loading="lazy">'
+    return f'<a class="laid-figure" href="{where}">{image}</a>'
 
 def outputs(
     cell: dict,
@@ -171,15 +206,50 @@ def outputs(
         kind = next((k for k in PICTURES if k in data), None)
         if kind:
             if not alt:
-                if strict: raise Refused(f"{place}: a figure without alt text; begin the cell with '#| fig-alt: what is to be seen'")
+                if strict:
+                    remedy = "begin the cell with '#| fig-alt: what is to be seen'"
+                    raise Refused(f"{place}: a figure without alt text; {remedy}")
                 alt = "A figure"
             raw = joined(data[kind]).encode() if kind == "image/svg+xml" else base64.b64decode(joined(data[kind]))
             data = {"text/html": [picture(raw, PICTURES[kind], f"{links.page.stem}-{cell['id']}-{i}", alt, links)]}
-        elif strict and re.match(r"<Figure size", joined(data.get("text/plain", ""))): raise Refused(f"{place}: the figure was not drawn, only its name is stored; run the notebook with the inline backend of Matplotlib (import matplotlib.pyplot)")
+        elif strict and joined(data.get("text/plain", "")).startswith("<Figure size"):
+            remedy = "run the notebook with the inline backend of Matplotlib (import matplotlib.pyplot)"
+            raise Refused(f"{place}: the figure was not drawn, only its name is stored; {remedy}")
         elif "text/markdown" in data: data = {"text/markdown": links(joined(data["text/markdown"]))}
         if "data" in output: output |= dict(data=data, metadata={})
         shown.append(output)
     return shown
+
+DRAWS = re.compile(  # a line that draws
+    r"\b(plt|ax|axes|axs|axis|fig|figure|panels?)\b *[.\[(]|\b(subplots|Figure|Rectangle)\("
+    r"|\.(plot|imshow|set_\w+|text|legend|ax[hv]line|tick_params|scatter|barh?|fill_between|annotate|add_patch)\(")
+
+def only_imports(
+    source: str,  # of a code cell
+) -> bool:  # or imports and not more calls, such as torch.manual_seed(0)
+    body = ast.parse(source).body
+    imports = sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
+    calls = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in body)
+    return imports + calls == len(body) and imports >= calls
+
+def folded(
+    cell: dict,  # of a notebook, with its directives
+) -> str | None:  # why its code is folded on the page, a key of FOLDS
+    """Imports; a function that plots; a cell that shows a figure and mostly draws. Quarto's `#| code-fold: true`
+    folds any other cell, `#| code-fold: false` none."""
+    source = joined(cell["source"])
+    asked = directive(source, "code-fold")
+    python = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)  # without magics
+    code = [line for line in python.splitlines() if line.strip() and not line.strip().startswith("#")]
+    if asked == "false" or not code: return None
+    exported = directive(source, "export") is not None
+    if only_imports(python) and not cell.get("outputs"): return "imports" if exported else "examples"
+    share = sum(bool(DRAWS.search(line)) for line in code)/len(code)
+    shows = any(kind in output.get("data", {}) for output in cell.get("outputs", []) for kind in PICTURES)
+    plots = all(re.match("_?plot_", name) for name in defined(python) or [""])
+    if exported and (share >= .4 or plots): return "plotting"
+    if not exported and shows and share >= .4 and len(code) >= 4 and "assert" not in source: return "plotting"
+    return "code" if asked == "true" else None
 
 def processed(
     path: Path,  # relative to nbs/
@@ -188,40 +258,66 @@ def processed(
     names: Names,
     strict: bool = True,
 ) -> dict:  # what mkdocs-jupyter renders
-    "nbdev's processing: no directives, no hidden cells; exported cells stay, with a table of parameters to unfold; alt texts, pictures as files, links."
-    from execnb.nbio import dict2nb, nb2dict
-    from nbdev.process import NBProcessor
-    from nbdev.processors import filter_stream_, hide_, hide_line, populate_language, rm_header_dash, strip_ansi, strip_hidden_metadata
-    wrong = []
+    """No directives, no hidden cells; exported cells stay, with a table of parameters to unfold; imports and plotting
+    code are folded; alt texts, pictures as files, links."""
+    from execnb.nbio import nb2dict
+    wrong, folds = [], {}
     for i, cell in enumerate(nb["cells"]):
         cell["metadata"] = {}                               # execution times and the like
         cell.setdefault("id", f"cell-{i}")
         cell["source"] = joined(cell["source"])
         if cell["cell_type"] != "code": continue
-        try: cell["outputs"] = [] if directive(cell["source"], "hide") is not None else outputs(cell, directive(cell["source"], "fig-alt"), f"nbs/{path}, cell {cell['id']}", links, strict)
-        except Refused as e: wrong.append(str(e))
-        cell["source"] = re.sub(r"^#\|\s*fig-alt:.*\n?", "", cell["source"], flags=re.M)
+        place, alt = f"nbs/{path}, cell {cell['id']}", directive(cell["source"], "fig-alt")
+        hidden = directive(cell["source"], "hide") is not None
+        folds[cell["id"]] = folded(cell)
+        try:
+            cell["outputs"] = [] if hidden else outputs(cell, alt, place, links, strict)
+        except Refused as e:
+            wrong.append(str(e))
+        cell["source"] = re.sub(r"^#\|\s*(fig-alt|code-fold):.*\n?", "", cell["source"], flags=re.M)
     if wrong: raise Refused("\n".join(wrong))
-    def default_exp_(cell, *_): del cell["source"]
-    nb = dict2nb(nb)
-    NBProcessor(nb=nb, procs=[populate_language, strip_ansi, hide_line, filter_stream_, rm_header_dash, hide_, default_exp_, strip_hidden_metadata], process=True)
     cells, module = [], names.modules.get(module_of(read(ROOT/"nbs"/path)))
-    for cell in nb.cells:
+    for cell in without_directives(nb):
         exported = cell.cell_type == "code" and "export" in cell.directives_
         plain = nb2dict(cell)
-        plain = {k: plain[k] for k in ("cell_type", "id", "metadata", "source", "outputs", "execution_count") if k in plain}
+        plain = {k: plain[k] for k in NOTEBOOK_KEYS if k in plain}
         plain |= dict(source=joined(plain["source"]), metadata={})
         if cell.cell_type == "markdown": plain["source"] = links(plain["source"])
         else: plain |= dict(outputs=plain.get("outputs", []), execution_count=None)
+        if folds.get(plain["id"]): plain["metadata"] = dict(tags=[f"laid-fold-{folds[plain['id']]}"])
         if not plain["source"].strip() and not plain.get("outputs"): continue
         cells.append(plain)
         public = [n for n in defined(plain["source"]) if n in module.__all__] if exported and module else []
         for name in public:
-            body = reference.documented(getattr(module, name)) if inspect.isclass(getattr(module, name)) or inspect.isroutine(getattr(module, name)) else ""
             here = links.relative(names.page(name, module.__name__.split(".")[-1]))
-            text = f'<details class="laid-api"><summary><code>{name}</code>: parameters</summary>\n\n{body}\n[{name} in the API]({here})\n\n</details>' if body else f'<p class="laid-api"><a href="{here}"><code>{name}</code> in the API</a></p>'
-            cells.append(dict(cell_type="markdown", id=f"api-{name.replace('_', '-')}"[:64], metadata={}, source=text))
-    return dict(cells=cells, metadata=dict(kernelspec=dict(display_name="python3", language="python", name="python3")), nbformat=4, nbformat_minor=5)
+            cells.append(text_cell(f"api-{name.replace('_', '-')}"[:64], in_api(name, getattr(module, name), here)))
+    kernel = dict(display_name="python3", language="python", name="python3")
+    return dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)
+
+def without_directives(
+    nb: dict,
+) -> list:  # cells as nbdev's processing leaves them
+    from execnb.nbio import dict2nb
+    from nbdev import processors as p
+    from nbdev.process import NBProcessor
+    def default_exp_(cell, *_): del cell["source"]
+    nb = dict2nb(nb)
+    NBProcessor(nb=nb, process=True, procs=[
+        p.populate_language, p.strip_ansi, p.hide_line, p.filter_stream_, p.rm_header_dash, p.hide_, default_exp_,
+        p.strip_hidden_metadata])
+    return nb.cells
+
+def text_cell(name, source): return dict(cell_type="markdown", id=name, metadata={}, source=source)
+
+def in_api(
+    name: str,
+    obj,  # what the module calls so
+    here: str,  # address of its entry
+) -> str:  # what stands below the cell that defines it: its parameters, to unfold, and the link
+    body = reference.documented(obj) if inspect.isclass(obj) or inspect.isroutine(obj) else ""
+    if not body: return f'<p class="laid-api"><a href="{here}"><code>{name}</code> in the API</a></p>'
+    return (f'<details class="laid-api"><summary><code>{name}</code>: parameters</summary>\n\n{body}\n'
+            f"[{name} in the API]({here})\n\n</details>")
 
 def headed(
     nb: dict,  # as processed
@@ -231,10 +327,13 @@ def headed(
 ):
     "The line below a notebook's title: its source, and its module."
     module = links.module
-    made = f' · <a href="{links.relative(f"api/{module}.html")}">API of <code>laid_nb.{module}</code></a>' if module else ""
-    line = f'<p class="laid-source"><a href="{REPOSITORY}/nbs/{path.as_posix()}">Notebook <code>nbs/{path.as_posix()}</code></a>{made}</p>'
+    place = f"nbs/{path.as_posix()}"
+    line = f'<a href="{REPOSITORY}/{place}">Notebook <code>{place}</code></a>'
+    if module: line += f' · <a href="{links.relative(f"api/{module}.html")}">API of <code>laid_nb.{module}</code></a>'
+    line = f'<p class="laid-source">{line}</p>'
     first = next(c for c in nb["cells"] if c["cell_type"] == "markdown")
-    first["source"] = re.sub(r"\A(# .+\n(?:\s*\n)?(?:>.*\n?)*)", lambda found: f"{found[1].rstrip()}\n\n{line}\n\n", first["source"] + "\n")
+    top = re.compile(r"\A(# .+\n(?:\s*\n)?(?:>.*\n?)*)")
+    first["source"] = top.sub(lambda found: f"{found[1].rstrip()}\n\n{line}\n\n", first["source"] + "\n")
 
 def home(
     nb: dict,  # nbs/index.ipynb as processed
@@ -246,10 +345,12 @@ def home(
         if cell["cell_type"] == "code":
             for output in cell["outputs"]:
                 text = joined(output.get("data", {}).get("text/markdown", ""))
-                if text: cells.append(dict(cell_type="markdown", id=cell["id"], metadata={}, source=f'<details class="laid-fold"><summary>The table</summary>\n\n{text}\n\n</details>'))
+                fold = f'<details class="laid-fold"><summary>The table</summary>\n\n{text}\n\n</details>'
+                if text: cells.append(text_cell(cell["id"], fold))
             continue
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
-            figure = f'<a class="laid-figure" href="{found[2]}"><img src="{found[2]}" alt="{html.escape(found[1])}"></a>'
+            image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
+            figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
             cell["source"] = cell["source"].replace(found[0], "")
         cells.append(cell)
     first = cells[0]
@@ -263,26 +364,34 @@ def order(
     index: str,  # text of nbs/index.ipynb
 ) -> list:
     "By number; those without one as the index's last table names them."
-    place = lambda p: (index.rfind(p.as_posix()) if p.as_posix() in index else len(index), p.as_posix())
-    return sorted((p for p in paths if p.name != "index.ipynb"), key=lambda p: (not p.name[0].isdigit(), p.name if p.name[0].isdigit() else "", place(p)))
+    def place(path):
+        name, numbered = path.as_posix(), path.name[0].isdigit()
+        return not numbered, path.name if numbered else "", index.rfind(name) if name in index else len(index), name
+    return sorted((p for p in paths if p.name != "index.ipynb"), key=place)
 
 def navigation(
     titles: dict,  # notebook (path relative to nbs/, in order) -> its title
     modules: list,  # names of those with an API page
     pages: dict,  # "your_pair.md" and so on -> title, of those that are there
 ) -> list:  # as in mkdocs.yml
-    number = lambda p: re.match(r"(\d+)", p.name)
     nav = [{"Home": "index.ipynb"}]
+    numbered = {p: found for p in titles if p.parent == Path(".") and (found := re.match(r"(\d+)[a-z]*", p.name))}
+    first_page = {page: pages[page] for page in ("your_pair.md",) if page in pages}
+    more = {page: title for page, title in (first_page | {"cli.md": "The command line"} | pages).items()
+            if page != "glossary.md"}
     for section, (first, last) in SECTIONS.items():
-        part = [{f"{re.match(r'[0-9]+[a-z]*', p.name)[0]} {title}": p.as_posix()} for p, title in titles.items() if number(p) and p.parent == Path(".") and first <= int(number(p)[1]) <= last]
-        if section == "Use": part += [{title: page} for page, title in ({p: pages[p] for p in ("your_pair.md",) if p in pages} | {"cli.md": "The command line"} | pages).items() if page != "glossary.md"]
+        part = [{f"{found[0]} {titles[p]}": p.as_posix()} for p, found in numbered.items()
+                if first <= int(found[1]) <= last]
+        if section == "Use": part += [{title: page} for page, title in more.items()]
         nav.append({section: part})
     nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
     nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
     if "glossary.md" in pages: nav.append({"Glossary": "glossary.md"})
     placed = json.dumps(nav)
     lost = [p.as_posix() for p in titles if f'"{p.as_posix()}"' not in placed]
-    if lost: raise Refused(f"nbs/{lost[0]} has no place in the navigation: begin its name with a number, or put it into nbs/experiments")
+    if lost:
+        remedy = "begin its name with a number, or put it into nbs/experiments"
+        raise Refused(f"nbs/{lost[0]} has no place in the navigation: {remedy}")
     return nav
 
 def title_of(text, path):
@@ -290,56 +399,104 @@ def title_of(text, path):
     if not found: raise Refused(f"{path} has no title: begin it with '# '")
     return re.sub(r"[`*]", "", found[1]).strip()
 
+def notebooks_in_order() -> dict:  # path relative to nbs/ -> notebook, the index first
+    index = read(ROOT/"nbs"/"index.ipynb")
+    text = "".join(joined(c["source"]) for c in index["cells"])
+    paths = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb")]
+    paths = [p for p in paths if not any(part[0] in "._" for part in p.parts)]
+    return {p: read(ROOT/"nbs"/p) for p in [Path("index.ipynb"), *order(paths, text)]}
+
+def page_of_each(
+    notebooks,  # paths relative to nbs/
+    texts,  # names of pages of docs/
+    modules,  # names of those with an API page
+) -> dict:  # file that a link may name -> page
+    pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks}
+    pages |= {f"docs/{name}": name.replace(".md", ".html") for name in texts}
+    generated = ("cli", "api/index", *(f"api/{m}" for m in modules))
+    return pages | {f"docs/{name}.md": f"{name}.html" for name in generated} | {"README.md": "index.html"}
+
+def write_source(
+    name: str,  # of a file of _docs_src/
+    text: str,
+):
+    (SOURCES/name).parent.mkdir(parents=True, exist_ok=True)
+    (SOURCES/name).write_text(text, encoding="utf-8")
+
+def write_notebooks(
+    notebooks: dict,  # path relative to nbs/ -> notebook
+    pages: dict,  # file of the repository -> page
+    names: Names,
+    strict: bool,
+):
+    wrong = []
+    for p, nb in notebooks.items():
+        links = Links(Path("nbs")/p, p.with_suffix(".html"), pages, names, module_of(nb))
+        try:
+            made = processed(p, nb, links, names, strict)
+        except Refused as e:
+            wrong.append(str(e))
+            continue
+        if p == Path("index.ipynb"): made = home(made, (ROOT/"docs"/"home.html").read_text(encoding="utf-8"))
+        else: headed(made, p, links, names)
+        write_source(p, json.dumps(made))
+    if wrong: raise Refused("\n".join(wrong))
+
+def write_reference(names: Names):
+    from laid_nb.cli import parser
+    for name, module in names.modules.items():
+        where = {n: (f"../{page}", title) for n, (page, title) in names.where[name].items()}
+        write_source(f"api/{name}.md", reference.api_page(module, where, f"../{names.pages[name]}"))
+    write_source("api/index.md", reference.api_index(list(names.modules.values())))
+    write_source("cli.md", reference.cli_page(parser()))
+
 def prepare(
     strict: bool = True,  # False: a figure may be without alt text
 ) -> list:  # the navigation
     "Fill _docs_src/."
     shutil.rmtree(SOURCES, ignore_errors=True)
     SOURCES.mkdir()
-    index = read(ROOT/"nbs"/"index.ipynb")
-    index_text = "".join(joined(c["source"]) for c in index["cells"])
-    paths = [p.relative_to(ROOT/"nbs") for p in (ROOT/"nbs").rglob("*.ipynb") if not any(part[0] in "._" for part in p.relative_to(ROOT/"nbs").parts)]
-    notebooks = {p: read(ROOT/"nbs"/p) for p in [Path("index.ipynb"), *order(paths, index_text)]}
-    titles = {p: title_of("\n".join(joined(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown"), f"nbs/{p}") for p, nb in notebooks.items()}
-    texts = {p.name: p.read_text(encoding="utf-8") for p in sorted((ROOT/"docs").glob("*.md")) if p.name != "README.md"}
-    names = Names({p: nb for p, nb in notebooks.items() if p.parts[0] != "experiments"})
-    pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks} | {f"docs/{n}": n.replace(".md", ".html") for n in texts} | {"README.md": "index.html"}  # what links may name
-    for generated in ("cli", "api/index", *(f"api/{m}" for m in names.modules)): pages[f"docs/{generated}.md"] = f"{generated}.html"
-    wrong = []
+    notebooks, titles = notebooks_in_order(), {}
     for p, nb in notebooks.items():
-        links = Links(Path("nbs")/p, p.with_suffix(".html"), pages, names, module_of(nb))
-        try: made = processed(p, nb, links, names, strict)
-        except Refused as e:
-            wrong.append(str(e))
-            continue
-        if p == Path("index.ipynb"): made = home(made, (ROOT/"docs"/"home.html").read_text(encoding="utf-8"))
-        else: headed(made, p, links, names)
-        (SOURCES/p).parent.mkdir(parents=True, exist_ok=True)
-        (SOURCES/p).write_text(json.dumps(made), encoding="utf-8")
-    if wrong: raise Refused("\n".join(wrong))
-    write = lambda name, text: ((SOURCES/name).parent.mkdir(parents=True, exist_ok=True), (SOURCES/name).write_text(text, encoding="utf-8"))
-    for name, text in texts.items(): write(name, Links(Path("docs")/name, Path(name).with_suffix(".html"), pages, names)(text))
-    for name, module in names.modules.items(): write(f"api/{name}.md", reference.api_page(module, {n: (f"../{page}", title) for n, (page, title) in names.where[name].items()}, f"../{names.pages[name]}"))
-    write("api/index.md", reference.api_index(list(names.modules.values())))
-    from laid_nb.cli import parser
-    write("cli.md", reference.cli_page(parser()))
-    for folder in ("javascripts", "stylesheets", "screens"): shutil.copytree(ROOT/"docs"/folder, SOURCES/folder, dirs_exist_ok=True)
+        prose = "\n".join(joined(c["source"]) for c in nb["cells"] if c["cell_type"] == "markdown")
+        titles[p] = title_of(prose, f"nbs/{p}")
+    files = [p for p in sorted((ROOT/"docs").glob("*.md")) if p.name != "README.md"]
+    texts = {p.name: p.read_text(encoding="utf-8") for p in files}
+    names = Names({p: nb for p, nb in notebooks.items() if p.parts[0] != "experiments"})
+    pages = page_of_each(notebooks, texts, names.modules)
+    write_notebooks(notebooks, pages, names, strict)
+    for name, text in texts.items():
+        write_source(name, Links(Path("docs")/name, Path(name).with_suffix(".html"), pages, names)(text))
+    write_reference(names)
+    for folder in ("javascripts", "stylesheets", "screens"):
+        shutil.copytree(ROOT/"docs"/folder, SOURCES/folder, dirs_exist_ok=True)
     shutil.copyfile(ROOT/"docs"/"favicon.svg", SOURCES/"favicon.svg")
-    return navigation({p: t for p, t in titles.items() if p.name != "index.ipynb"}, list(names.modules), {n: title_of(t, f"docs/{n}") for n, t in texts.items()})
+    del titles[Path("index.ipynb")]
+    return navigation(titles, list(names.modules), {n: title_of(t, f"docs/{n}") for n, t in texts.items()})
 
 # --- hook ---------------------------------------------------------------------
+FOLDED = re.compile(  # a cell's tag, which only says why its code is folded, and the code
+    r'<div class="celltoolbar">(?:(?!</div>).)*<span class="cell-tag">laid-fold-(\w+)</span>.*?</div>\s*</div>\s*'
+    r'(<div class="CodeMirror[^>]*>\s*)(<div class="highlight"><pre><code>.*?</code></pre></div>)', re.S)
+
 def themed(
     text: str,  # HTML of a notebook from mkdocs-jupyter
 ) -> str:
-    "Without JupyterLab's style sheets and scripts (600 kB a page, a fixed light theme, a remote MathJax); code as the theme marks it, with its copy button."
+    """Without JupyterLab's style sheets and scripts (600 kB a page, a fixed light theme, a remote MathJax); code as the
+    theme marks it, with its copy button; folded where its cell says so."""
     text = re.sub(r"<style.*?</style>|<script.*?</script>|<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
     text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
-    text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', r'<div class="highlight"><pre><code>\1</code></pre></div>', text, flags=re.S)
+    code = r'<div class="highlight"><pre><code>\1</code></pre></div>'
+    text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', code, text, flags=re.S)
+    def fold(found):
+        return f'{found[2]}<details class="laid-code"><summary>{FOLDS[found[1]]}</summary>{found[3]}</details>'
+    text = FOLDED.sub(fold, text)
     seen = {}
     def heading(found):
         anchor = once(found[2], seen)
-        return found[0].replace(f'id="{found[2]}"', f'id="{anchor}"').replace(f'href="#{found[2]}"', f'href="#{anchor}"')
+        own = found[0].replace(f'id="{found[2]}"', f'id="{anchor}"')
+        return own.replace(f'href="#{found[2]}"', f'href="#{anchor}"')
     text = re.sub(r'<h([1-6])[^>]*\bid="([^"]+)"[^>]*>.*?</h\1>', heading, text, flags=re.S)
     return text.replace('class="anchor-link"', 'class="headerlink"')
 
@@ -349,7 +506,8 @@ def contents(
     top = []
     open_ = [(1, top)]
     for level, anchor, inner in re.findall(r'<h([2-4])[^>]*\bid="([^"]+)"[^>]*>(.*?)</h\1>', text, re.S):
-        name = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r'<a class="headerlink".*?</a>', "", inner, flags=re.S))).strip()
+        words = re.sub(r'<a class="headerlink".*?</a>', "", inner, flags=re.S)
+        name = html.unescape(re.sub(r"<[^>]+>", "", words)).strip()
         while open_[-1][0] >= int(level): open_.pop()
         token = dict(level=int(level), id=anchor, name=name, children=[])
         open_[-1][1].append(token)
@@ -390,7 +548,8 @@ def main():
     if not strict: wrong = [line for line in wrong if "alt text" not in line]
     print(*wrong, sep="\n", file=sys.stderr)
     if wrong: sys.exit(f"make docs: {len(wrong)} faults in the pages")
-    pages = list(SITE.rglob("*.html"))
-    print(f"site/: {len(pages)} pages, {sum(f.stat().st_size for f in SITE.rglob('*') if f.is_file())/1e6:.0f} MB, {time.time() - start:.0f} s; every link, anchor, picture and file is there")
+    pages, size = list(SITE.rglob("*.html")), sum(f.stat().st_size for f in SITE.rglob("*") if f.is_file())
+    print(f"site/: {len(pages)} pages, {size/1e6:.0f} MB, {time.time() - start:.0f} s; "
+          "every link, anchor, picture and file is there")
 
 if __name__ == "__main__": main()

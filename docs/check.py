@@ -4,8 +4,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urljoin, urlsplit
 
-LOADED = {"script": ("src",), "img": ("src", "srcset"), "iframe": ("src",), "source": ("src", "srcset"), "video": ("src", "poster"), "audio": ("src",), "embed": ("src",), "object": ("data",), "image": ("href",), "use": ("href",)}
-RELS = {"stylesheet", "icon", "shortcut", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch", "manifest", "apple-touch-icon"}
+LOADED = {  # tag -> attributes that name a file
+    "script": ("src",), "img": ("src", "srcset"), "iframe": ("src",), "source": ("src", "srcset"), "audio": ("src",),
+    "video": ("src", "poster"), "embed": ("src",), "object": ("data",), "image": ("href",), "use": ("href",)}
+RELS = {"stylesheet", "icon", "shortcut", "preload", "modulepreload", "prefetch", "preconnect", "dns-prefetch",
+        "manifest", "apple-touch-icon"}
 CSS = re.compile(r"""(?:url\(\s*|@import\s+)['"]?([^'")\s;]+)""")
 
 class Page(HTMLParser):
@@ -22,7 +25,8 @@ class Page(HTMLParser):
             self.ids.add(key)
         if tag == "a" and "href" in a: self.links.append(a["href"])
         for key in LOADED.get(tag, ()):
-            if key in a: self.loads += [part.split()[0] for part in a[key].split(",") if part.split()] if key == "srcset" else [a[key]]
+            if key == "srcset": self.loads += [part.split()[0] for part in a.get(key, "").split(",") if part.split()]
+            elif key in a: self.loads.append(a[key])
         if tag == "link" and RELS & set(a.get("rel", "").split()): self.loads.append(a.get("href", ""))
         if tag == "img" and not a.get("alt", "").strip(): self.blind.append(a.get("src", "")[:60])
         self.loads += CSS.findall(a.get("style", ""))
@@ -40,8 +44,9 @@ def check(
     base: str = "/",  # path of its address: what links that start with / start with
 ) -> list[str]:  # what is wrong, a line each
     "Every link to a page or an anchor of the site, every file that a page loads, every picture's alt text."
-    pages = {path.relative_to(site).as_posix(): Page(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
-    wrong = []
+    def files(pattern): return {path.relative_to(site).as_posix(): path.read_text(encoding="utf-8")
+                                for path in sorted(site.rglob(pattern))}
+    pages, wrong = {name: Page(text) for name, text in files("*.html").items()}, []
     def find(page, target):  # the file and the fragment that a link means; None: outside
         url = urlsplit(urljoin(f"http://site{base}{page}", target))
         if url.netloc != "site" or url.scheme != "http": return None
@@ -54,10 +59,11 @@ def check(
             if found is None: continue
             path, fragment = found
             if not (site/path).is_file(): wrong.append(f"{name}: {target}: there is no such file")
-            elif fragment and target in page.links and path in pages and fragment not in pages[path].ids: wrong.append(f"{name}: {target}: the page has no such anchor")
+            elif fragment and target in page.links and path in pages and fragment not in pages[path].ids:
+                wrong.append(f"{name}: {target}: the page has no such anchor")
         wrong += [f"{name}: loads {target} from another host" for target in page.loads if remote(target)]
         wrong += [f"{name}: {src}: a picture without alt text" for src in page.blind]
         wrong += [f"{name}: the id {key} stands twice" for key in sorted(page.twice) if not key.startswith("__")]
-    for path in sorted(site.rglob("*.css")):
-        wrong += [f"{path.relative_to(site).as_posix()}: loads {target} from another host" for target in CSS.findall(path.read_text(encoding="utf-8")) if remote(target)]
+    for name, text in files("*.css").items():
+        wrong += [f"{name}: loads {target} from another host" for target in CSS.findall(text) if remote(target)]
     return wrong

@@ -1,5 +1,12 @@
 "Pages made from code: the API from signatures and docments, the command line from its parser."
-import argparse, ast, dataclasses, inspect, io, re, textwrap, tokenize
+import argparse
+import ast
+import dataclasses
+import inspect
+import io
+import re
+import textwrap
+import tokenize
 from functools import cached_property
 
 EMPTY = inspect.Parameter.empty
@@ -7,9 +14,10 @@ EMPTY = inspect.Parameter.empty
 def escape(
     text: str,  # plain text with `code` in it
 ) -> str:  # Markdown that shows it, fit for a cell of a table
-    code = lambda part: part.replace("|", "\\|")
-    plain = lambda part: re.sub(r"([\\*_$|\[\]<>{}#])", r"\\\1", part)
-    return "".join(code(part) if i % 2 else plain(part) for i, part in enumerate(re.split(r"(`[^`\n]+`)", " ".join(text.split()))))
+    def kept(code): return code.replace("|", "\\|")
+    def plain(words): return re.sub(r"([\\*_$|\[\]<>{}#])", r"\\\1", words)
+    parts = re.split(r"(`[^`\n]+`)", " ".join(text.split()))
+    return "".join(kept(part) if i % 2 else plain(part) for i, part in enumerate(parts))
 
 def prose(
     text: str,  # a docstring
@@ -32,32 +40,43 @@ def short(value):  # a default as a reader would write it
     if inspect.isclass(value) or inspect.isfunction(value): return value.__name__
     return "…" if re.search(r" at 0x|<factory>", repr(value)) or len(repr(value)) > 60 else repr(value)
 
+def is_ours(obj): return getattr(obj, "__module__", "").startswith("laid_nb")
+
 def own_fields(cls):  # of a dataclass, without those of a class that is not ours
-    ours = {name for base in cls.__mro__ if base.__module__.startswith("laid_nb") for name in inspect.get_annotations(base)}
+    ours = {name for base in cls.__mro__ if is_ours(base) for name in inspect.get_annotations(base)}
     return [f for f in dataclasses.fields(cls) if f.init and f.name in ours]
 
 def comments(
     obj,  # a function or a class of laid_nb
 ) -> dict:  # name of a parameter or field -> its comment; "return": that on the line which closes the signature
-    if inspect.isclass(obj):
-        ours = [base for base in reversed(obj.__mro__) if base.__module__.startswith("laid_nb")]
-        found = {k: v for base in ours for k, v in beside(base).items()}
-        return found | (comments(obj.__init__) if getattr(obj.__init__, "__module__", "").startswith("laid_nb") and inspect.isfunction(obj.__init__) and not dataclasses.is_dataclass(obj) else {})
-    return beside(inspect.unwrap(obj))
+    if not inspect.isclass(obj): return beside(inspect.unwrap(obj))
+    ours = [base for base in reversed(obj.__mro__) if is_ours(base)]
+    found = {k: v for base in ours for k, v in beside(base).items()}
+    own = is_ours(obj.__init__) and inspect.isfunction(obj.__init__) and not dataclasses.is_dataclass(obj)
+    return found | (comments(obj.__init__) if own else {})
 
-def beside(obj):
+def comment_lines(source):  # number of a line -> its comment
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    found = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    return {line: text.lstrip("# ").removeprefix("->").strip() for line, text in found.items()}
+
+def beside(obj):  # `comments` of one function, or of the fields of one class
     source = textwrap.dedent(inspect.getsource(obj))
-    notes = {t.start[0]: t.string.lstrip("# ").removeprefix("->").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
-    node = ast.parse(source).body[0]
-    if isinstance(node, ast.ClassDef): return {n.target.id: notes[n.lineno] for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name) and n.lineno in notes}
-    a = node.args
-    last = {"return": notes[n]} if (n := node.body[0].lineno - 1) in notes or (n := node.lineno) in notes and node.body[0].lineno > n else {}
-    return last | {p.arg: notes[p.lineno] for p in filter(None, [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg]) if p.lineno in notes and p.lineno > node.lineno}
+    notes, node = comment_lines(source), ast.parse(source).body[0]
+    if isinstance(node, ast.ClassDef):
+        fields = [n for n in node.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)]
+        return {n.target.id: notes[n.lineno] for n in fields if n.lineno in notes}
+    first, a = node.body[0].lineno, node.args
+    line = next((n for n in (first - 1, node.lineno) if n in notes and n < first), None)
+    given = filter(None, [*a.posonlyargs, *a.args, a.vararg, *a.kwonlyargs, a.kwarg])
+    own = {p.arg: notes[p.lineno] for p in given if p.lineno in notes and p.lineno > node.lineno}
+    return ({} if line is None else {"return": notes[line]}) | own
 
 def parameters(
     obj,  # a function or a class
 ) -> list[tuple]:  # (name, type, default or EMPTY, comment), the value returned last with the name "returns"
-    notes, typed = comments(obj), lambda anno: "" if anno in (EMPTY, None) else inspect.formatannotation(anno).replace("laid_nb.", "")
+    notes = comments(obj)
+    def typed(anno): return "" if anno in (EMPTY, None) else inspect.formatannotation(anno).replace("laid_nb.", "")
     try: shape = inspect.signature(obj)
     except ValueError: return []
     given = [p for p in shape.parameters.values() if p.name != "self"]
@@ -67,14 +86,19 @@ def parameters(
     star = lambda p: {p.VAR_POSITIONAL: "*", p.VAR_KEYWORD: "**"}.get(p.kind, "") + p.name
     rows = [(star(p), typed(p.annotation), p.default, notes.get(p.name, "")) for p in given]
     back = "" if inspect.isclass(obj) else typed(shape.return_annotation)
-    return rows + ([("returns", back, EMPTY, notes.get("return", ""))] if not inspect.isclass(obj) and (back or "return" in notes) else [])
+    if not inspect.isclass(obj) and (back or "return" in notes):
+        rows.append(("returns", back, EMPTY, notes.get("return", "")))
+    return rows
 
 def documented(
     obj,  # a function or a class
 ) -> str:  # the table of its parameters
     rows = parameters(obj)
     if not any(comment for *_, comment in rows): return ""
-    return table(["Parameter", "Type", "Default", "Meaning"], [["**returns**" if name == "returns" else code(name), code(anno), "" if default is EMPTY else code(short(default)), escape(comment)] for name, anno, default, comment in rows])
+    def row(name, anno, default, comment):
+        shown = "" if default is EMPTY else code(short(default))
+        return ["**returns**" if name == "returns" else code(name), code(anno), shown, escape(comment)]
+    return table(["Parameter", "Type", "Default", "Meaning"], [row(*r) for r in rows])
 
 def signature(
     name: str,
@@ -86,12 +110,16 @@ def signature(
     words, kinds = [], [p.kind for p in given]
     for i, p in enumerate(given):
         if p.kind is p.KEYWORD_ONLY and not {p.KEYWORD_ONLY, p.VAR_POSITIONAL} & set(kinds[:i]): words.append("*")
-        words.append(str(p.replace(annotation=EMPTY, default=EMPTY)) + ("" if p.default is EMPTY else f"={short(p.default)}"))
+        default = "" if p.default is EMPTY else f"={short(p.default)}"
+        words.append(str(p.replace(annotation=EMPTY, default=EMPTY)) + default)
     if dataclasses.is_dataclass(obj) and len(own_fields(obj)) < len(dataclasses.fields(obj)): words.append("...")
-    line = f"{name}({', '.join(words)})"
-    return line if len(line) <= 90 else f"{name}(\n" + textwrap.fill(", ".join(words), 86, initial_indent="    ", subsequent_indent="    ") + "\n)"
+    line, indent = f"{name}({', '.join(words)})", "    "
+    if len(line) <= 90: return line
+    return f"{name}(\n{textwrap.fill(', '.join(words), 86, initial_indent=indent, subsequent_indent=indent)}\n)"
 
-def comment_of(obj): return "" if dataclasses.is_dataclass(obj) and (obj.__doc__ or "").startswith(f"{obj.__name__}(") else inspect.getdoc(obj) if obj.__doc__ else ""
+def comment_of(obj):  # its docstring, but not the one that a dataclass makes for itself
+    made = dataclasses.is_dataclass(obj) and (obj.__doc__ or "").startswith(f"{obj.__name__}(")
+    return inspect.getdoc(obj) if obj.__doc__ and not made else ""
 
 def methods(cls):  # (name, function or property) of what the class itself defines
     for name, member in vars(cls).items():
@@ -100,17 +128,37 @@ def methods(cls):  # (name, function or property) of what the class itself defin
         if isinstance(member, (property, cached_property)): yield name, member
         elif inspect.isfunction(function): yield name, getattr(cls, name)
 
+def fenced(source): return f"```python\n{source}\n```"
+
+def constant(
+    name: str,
+    obj,  # neither a class nor a function
+) -> str:  # a dictionary of dataclasses as a table, anything else as it is written
+    rows = obj.values() if isinstance(obj, dict) else ()
+    if rows and all(map(dataclasses.is_dataclass, rows)):
+        fields = [f.name for f in dataclasses.fields(next(iter(rows)))]
+        cells = [[code(key), *(escape(written(getattr(row, f))) for f in fields)] for key, row in obj.items()]
+        return table(["", *fields], cells)
+    text = re.sub(r"<(?:function|class) '?([\w.]+|<lambda>)'?(?: at 0x\w+)?>", r"\1", repr(obj))
+    return fenced(f"{name} = {textwrap.shorten(text, 300, placeholder=' …')}")
+
+def written(value):  # in a table
+    if value is None or getattr(value, "__name__", "").startswith(("_", "<lambda>")): return ""
+    if isinstance(value, (tuple, list, dict)): return ", ".join(map(str, value))
+    return short(value) if callable(value) else str(value)
+
 def entry(
     name: str,
     obj,  # what the module calls so
 ) -> str:  # Markdown without a heading
-    if not (inspect.isclass(obj) or inspect.isroutine(obj)): return f"```python\n{name} = {textwrap.shorten(repr(obj), 300, placeholder=' …')}\n```\n"
-    parts = [f"```python\n{'class ' if inspect.isclass(obj) else ''}{signature(name, obj)}\n```", prose(comment_of(obj)), documented(obj)]
+    if not (inspect.isclass(obj) or inspect.isroutine(obj)): return constant(name, obj) + "\n"
+    kind = "class " if inspect.isclass(obj) else ""
+    parts = [fenced(f"{kind}{signature(name, obj)}"), prose(comment_of(obj)), documented(obj)]
     if inspect.isclass(obj):
         for method, member in methods(obj):
             function = getattr(member, "fget", None) or getattr(member, "func", member)
             line = signature(f"{name}.{method}", function) if function is member else f"{name}.{method}"
-            parts += [f"```python\n{line}\n```", prose(comment_of(function)), documented(function)]
+            parts += [fenced(line), prose(comment_of(function)), documented(function)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 def api_page(
@@ -119,20 +167,28 @@ def api_page(
     notebook: str,  # page of the notebook
 ) -> str:
     name = module.__name__.split(".")[-1]
-    parts = [f"# {name}", prose(module.__doc__ or ""), f"Derived, shown and checked in [the notebook]({notebook}).\n{{ .laid-source }}"]
+    source = f"Derived, shown and checked in [the notebook]({notebook}).\n{{ .laid-source }}"
+    parts = [f"# {name}", prose(module.__doc__ or ""), source]
     for public in module.__all__:
-        parts += [f"## `{public}` {{ #{public} }}", entry(public, getattr(module, public)), f"[In the notebook: {where[public][1]}]({where[public][0]})\n{{ .laid-source }}"]
+        page, section = where[public]
+        source = f"[In the notebook: {section}]({page})\n{{ .laid-source }}"
+        parts += [f"## `{public}` {{ #{public} }}", entry(public, getattr(module, public)), source]
     return "\n\n".join(parts) + "\n"
 
 def api_index(
     modules: list,
 ) -> str:
-    rows = [[f"[{m.__name__.split('.')[-1]}]({m.__name__.split('.')[-1]}.md)", escape(m.__doc__ or ""), str(len(m.__all__))] for m in modules]
-    return "# API\n\nEvery public name, with what each parameter means. The text comes from the signatures in the notebooks; each entry links to the section that derives it.\n\n" + table(["Module", "About", "Names"], rows)
+    names = {m.__name__.split(".")[-1]: m for m in modules}
+    rows = [[f"[{name}]({name}.md)", escape(m.__doc__ or ""), str(len(m.__all__))] for name, m in names.items()]
+    about = ("Every public name, with what each parameter means. The text comes from the signatures in the notebooks; "
+             "each entry links to the section that derives it.")
+    return f"# API\n\n{about}\n\n{table(['Module', 'About', 'Names'], rows)}"
 
 # --- command line -------------------------------------------------------------
 def flag(action):  # as it is written
-    value = "" if action.nargs == 0 else f" {action.metavar or '{' + ','.join(map(str, action.choices)) + '}' if action.metavar or action.choices else action.dest.upper()}"
+    choices = action.choices and "{" + ",".join(map(str, action.choices)) + "}"
+    name = action.dest.upper() if action.option_strings else action.dest
+    value = "" if action.nargs == 0 else f" {action.metavar or choices or name}"
     return [f"{name}{value}" for name in action.option_strings] or [value.strip()]
 
 def command(
@@ -144,20 +200,36 @@ def command(
     return f"{escape(parser.description or '')}\n\n```text\n{usage}\n```\n\n" + table(["Flag", "Meaning"], rows)
 
 def settings() -> str:
-    "The settings of LaidConfig that `laid train` takes as flags: ours, and those whose default is not that of transformers."
+    "What `laid train` takes as flags: settings of our own, and those whose default is not that of transformers."
     from transformers import TrainingArguments
+
+    from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
     stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     kept = [f for f in dataclasses.fields(LaidConfig) if f.name not in stock or f.default != stock[f.name]]
-    rows = [[code(f"--{f.name}"), "" if f.default in (None, dataclasses.MISSING) else code(f.default), escape(f.metadata.get("help", ""))] for f in kept]
-    return table(["Setting", "Default", "Meaning"], [[code("--output_dir"), code("laid-runs"), escape("Checkpoints; the distilled student goes to OUTPUT_DIR/model.")], *(r for r in rows if r[0] != code("--output_dir"))])
+    rows = [["--output_dir", "laid-runs", "Checkpoints; the distilled student goes to OUTPUT_DIR/model."]]
+    notes = comments(WindowSimulation)
+    kept += [f for f in dataclasses.fields(WindowSimulation) if f.name not in {f.name for f in kept}]
+    for f in kept:
+        default = "" if f.default in (None, dataclasses.MISSING) else f.default
+        meaning = f.metadata.get("help") or notes.get(f.name, "")
+        if f.name != "output_dir": rows.append([f"--{f.name}", default, meaning])
+    rows = [[code(name), code(value), escape(text)] for name, value, text in rows]
+    return table(["Setting", "Default", "Meaning"], rows)
 
 def cli_page(
     parser,  # laid_nb.cli.parser()
 ) -> str:
     commands = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
-    parts = ["# The command line", escape(parser.description), "`laid COMMAND --help` says the same in a terminal. Every command has an exit code: 0, 2 after bad input with one line that says what is wrong, 130 when it was stopped."]
+    parts = ["# The command line", escape(parser.description),
+             "`laid COMMAND --help` says the same in a terminal. Every command has an exit code: 0, 2 after bad input "
+             "with one line that says what is wrong, 130 when it was stopped."]
     for name, sub in commands.items():
         parts += [f"## `laid {name}` {{ #{name} }}", command(sub)]
-        if name == "train": parts += ["### Settings { #settings }", "Each is a flag of `laid train` and a field of `laid_nb.train.LaidConfig`. Every setting of `transformers.TrainingArguments` is a flag too; only those with a default of our own are listed.", settings()]
+        if name == "train":
+            parts += ["### Settings { #settings }",
+                      "Each is a flag of `laid train` and a field of `laid_nb.train.LaidConfig` or "
+                      "`laid_nb.simulate.WindowSimulation`. Every setting of `transformers.TrainingArguments` is a "
+                      "flag too; only those with a default of our own are listed.",
+                      settings()]
     return "\n\n".join(parts) + "\n"

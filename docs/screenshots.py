@@ -1,7 +1,12 @@
-"""Pictures of the built site for docs/screens.md: `python docs/screenshots.py` after `make docs`. Fails where a page asks another host for something, writes an error to the console, or is wider than the screen.
+"""Pictures of the built site for docs/screens.md: `python docs/screenshots.py` after `make docs`.
+Fails where a page asks another host for something, writes an error to the console, or is wider than the screen.
 
 `python docs/screenshots.py FOLDER` also writes each page light, dark and at a phone's width to FOLDER, to look at."""
-import functools, http.server, io, sys, threading
+import functools
+import http.server
+import io
+import sys
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,9 +14,13 @@ from PIL import Image
 from playwright.sync_api import sync_playwright
 
 ROOT = Path(__file__).resolve().parents[1]
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"]
-PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs", "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html", "glossary": "glossary.html"}
-SHOWN = {"home": ("light", 1280), "notebook": ("light", 1280), "experiment": ("dark", 1280), "api": ("light", 1280), "cli": ("dark", 390)}    # those of docs/screens.md
+ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
+             "--disable-component-update", "--disable-sync"]
+PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs",
+         "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html",
+         "glossary": "glossary.html"}
+SHOWN = {"home": ("light", 1280), "notebook": ("light", 1280), "experiment": ("dark", 1280), "api": ("light", 1280),
+         "cli": ("dark", 390)}  # those of docs/screens.md
 ROOMS = (("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390))
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -43,10 +52,13 @@ def look(
     page = browser.new_page(viewport=dict(width=width, height=height), color_scheme=scheme)
     page.on("console", lambda message: wrong.append(f"{address}: {message.text}") if message.type == "error" else None)
     page.on("pageerror", lambda error: wrong.append(f"{address}: {error}"))
-    page.on("request", lambda request: None if request.url.startswith((address[:address.index("/", 8)], "data:", "blob:")) else wrong.append(f"{address}: asks for {request.url}"))
+    own = (address[:address.index("/", 8)], "data:", "blob:")
+    page.on("request", lambda r: None if r.url.startswith(own) else wrong.append(f"{address}: asks for {r.url}"))
     page.goto(address)
     page.wait_for_load_state("networkidle")
-    if page.locator('script[src*="mathjax"]').count(): page.wait_for_function("window.MathJax?.startup?.promise?.then ? MathJax.startup.promise.then(() => true) : false", timeout=60_000)
+    if page.locator('script[src*="mathjax"]').count():
+        drawn = "window.MathJax?.startup?.promise?.then ? MathJax.startup.promise.then(() => true) : false"
+        page.wait_for_function(drawn, timeout=60_000)
     page.wait_for_timeout(300)
     wide = page.evaluate("document.scrollingElement.scrollWidth")
     if wide > width: wrong.append(f"{address}: {wide} pixels wide on a screen of {width}")
@@ -60,7 +72,8 @@ def look(
 def main(folder=None):
     wrong = []
     with served(ROOT/"site") as address, sync_playwright() as p:
-        browser = p.chromium.launch(executable_path="/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else None, args=ARGUMENTS)
+        installed = "/usr/bin/chromium" if Path("/usr/bin/chromium").exists() else None
+        browser = p.chromium.launch(executable_path=installed, args=ARGUMENTS)
         for name, page in PAGES.items():
             for room in ROOMS if folder else [SHOWN[name]] if name in SHOWN else []:
                 picture, faults = look(browser, f"{address}/{page}", *room)

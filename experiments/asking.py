@@ -5,8 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from laid_nb.capture import Cache, capture
-from laid_nb.evaluate import see
-from laid_nb.inputs import question_ids, question_text
+from laid_nb.inputs import precompute_prompts, question_ids, question_text
 from laid_nb.store import tower_fingerprint
 from laid_nb.inputs import read_groups, read_positions
 from laid_nb.simulate import asked_rows, multiplicity_factors
@@ -39,7 +38,7 @@ def prompt(
     model,  # one of the pair, or trained from it
     processor,
     haystack,  # single-needle questions about pictures of one size
-    seen: dict,  # the haystack's part of what `laid_nb.evaluate.see` made
+    seen: dict,  # the haystack's part of what `laid_nb.inputs.precompute_prompts` made
 ) -> Prompt:
     "A haystack with its questions, each as `laid_nb.evaluate.ask` would put it."
     ids, asked = seen["input_ids"][0], tails(processor, haystack)
@@ -68,7 +67,7 @@ def prompts(
     "All haystacks, prepared once for all models that share a vision tower."
     tower = tower_fingerprint(model)
     if tower not in made:
-        seen = see(model, processor, haystacks, progress=False)
+        seen = precompute_prompts(model, processor, haystacks, progress=False)
         made[tower] = [prompt(model, processor, h, seen[h.id]) for h in haystacks]
     return made[tower]
 

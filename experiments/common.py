@@ -25,10 +25,10 @@ from transformers import PrinterCallback
 
 from laid_nb.haystack import drawn_test, drawn_training
 from laid_nb.store import atomic_write, cores, hardware, load_model, prepare_process, slug, versions, write_json
-from laid_nb.evaluate import evaluate, see
+from laid_nb.evaluate import evaluate
 from laid_nb.haystack import Haystack
 from laid_nb.recompose import unlabelled
-from laid_nb.inputs import HaystackCollator, precompute
+from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
 from laid_nb.train import LaidConfig, LaidTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,11 +173,11 @@ def tests(
 def pictures(
     role: str,  # "teacher" or "student": whose vision tower
     sizes: tuple, questions: int, split: str, seed: int,  # of `tests`
-) -> dict:  # for evaluate(seen=)
+) -> dict:  # for evaluate(features=)
     "What a vision tower makes of the test pictures, kept on disk."
     path = WORK/"seen"/f"{role}-{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}.safetensors"
     if not path.exists():
-        seen = see(pair()[role], pair()["processor"], tests(sizes, questions, split, seed), progress=False)
+        seen = precompute_prompts(pair()[role], pair()["processor"], tests(sizes, questions, split, seed), progress=False)
         flat = {f"{h} {k}": v.contiguous() for h, inputs in seen.items() if h != "tower" for k, v in inputs.items()}
         with atomic_write(path) as part: save_file(flat, part, {"tower": seen["tower"]})
     with safe_open(path, "pt") as f:
@@ -198,7 +198,7 @@ def answers(
         model, processor = load(name)
         model, haystacks = model.to(pair()["device"]), tests(sizes, questions, split, seed)
         if ask_with: records = ask_with[1](model, processor, haystacks, None)
-        else: records = evaluate(model, processor, haystacks, batch=12, progress=False, seen=pictures("teacher" if name == "teacher" else "student", sizes, questions, split, seed))
+        else: records = evaluate(model, processor, haystacks, batch=12, progress=False, features=pictures("teacher" if name == "teacher" else "student", sizes, questions, split, seed))
         found = {}
         for r in records: found[r["size"]] = found.get(r["size"], "") + str(int(r["correct"]))
         write_json(path, found)

@@ -96,11 +96,11 @@ def main(quick: bool = False, done: bool = False):
     models = {"teacher": [answers("teacher", **how)], "student": [answers("student", **how)]}
     for label, ask in training_free.methods({m: v for m, v in chosen.items() if m != "sort"}).items():  # sorting did nothing on validation haystacks, and reads each question's haystack three times
         log(label)
-        models[label] = [answers("student", ask_with=(f"{label} {chosen}", lambda *a: ask(*a, seen=pictures("student", sizes, questions, "test", 1))), **how)]
+        models[label] = [answers("student", ask_with=(f"{label} {chosen}", lambda *a: ask(*a, features=pictures("student", sizes, questions, "test", 1))), **how)]
     models |= {label: [answers(r, **how) for r in rs] for label, rs in trainings.items()}
     log("log n scaling on top of training")
     scale = training_free.methods({"log_n": chosen["log_n"]})["log n scaling"]
-    sharp = {label: answers(trainings[label][0], ask_with=(f"log n {chosen['log_n']}", lambda *a: scale(*a, seen=pictures("student", sizes, questions, "test", 1))), **how) for label in SHARPENED}
+    sharp = {label: answers(trainings[label][0], ask_with=(f"log n {chosen['log_n']}", lambda *a: scale(*a, features=pictures("student", sizes, questions, "test", 1))), **how) for label in SHARPENED}
     results = Results(models, groups(tests(sizes, questions)))
     write(name, dict(training_seconds=spent(in_order(trainings)), seeds=seeds, steps=steps, haystacks=haystacks, search=searched, training_free=chosen, questions=questions_of(tests(sizes, questions)), summary=results.summary(),
                      with_log_n=sharp, runs={label: [r.id for r in rs] for label, rs in trainings.items()}, models=models), start)

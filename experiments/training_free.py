@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from common import answers, log, pictures, shares, write
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
-from laid_nb.evaluate import evaluate, see
+from laid_nb.evaluate import evaluate
+from laid_nb.inputs import precompute_prompts
 
 NAMES = {"yarn": "YaRN", "self_extend": "SelfExtend", "log_n": "log n scaling", "sort": "attention sorting"}
 TRIED = {  # mildest first, as the earlier one wins a tie
@@ -25,20 +26,20 @@ SHARPER = (1.5, 2., 3., 4.)  # control: all logits times one number, whatever th
 SHORT = (1, 5, 10)  # images, where nothing should be lost; not chosen by
 
 
-def asked(method, values, model, processor, haystacks, path=None, seen=None):
+def asked(method, values, model, processor, haystacks, path=None, features=None):
     "`evaluate_with`, each picture seen once."
-    if seen is None: seen = see(model, processor, haystacks, progress=False)
-    return evaluate_with(method, values, model, processor, haystacks, path, batch=12, progress=False, seen=seen)
+    if features is None: features = precompute_prompts(model, processor, haystacks, progress=False)
+    return evaluate_with(method, values, model, processor, haystacks, path, batch=12, progress=False, features=features)
 
 
-def sharpened(factor, model, processor, haystacks, path=None, seen=None):
+def sharpened(factor, model, processor, haystacks, path=None, features=None):
     gain = {layer: lambda query: factor*query for layer in range(model.config.get_text_config().num_hidden_layers)}
-    with capture(model, [], gain=gain): return evaluate(model, processor, haystacks, path, batch=12, progress=False, seen=seen)
+    with capture(model, [], gain=gain): return evaluate(model, processor, haystacks, path, batch=12, progress=False, features=features)
 
 
 def methods(
     chosen: dict,  # method -> values, as "chosen" in the result
-) -> dict:  # name for tables -> function of (model, processor, haystacks, path=None, seen=None), -> records
+) -> dict:  # name for tables -> function of (model, processor, haystacks, path=None, features=None), -> records
     return {NAMES[method]: partial(asked, method, tuple(values)) for method, values in chosen.items()}
 
 
@@ -48,7 +49,7 @@ def search(
 ) -> dict:  # accuracies of the plain student, of a control and of every value of every method; of each method the value with the best mean over sizes
     def measure(name, *way, sizes=sizes):
         exam = (sizes, questions, split, seed)
-        accuracy = shares(answers("student", *exam, ask_with=(name, partial(*way, seen=pictures("student", *exam))) if way else None))
+        accuracy = shares(answers("student", *exam, ask_with=(name, partial(*way, features=pictures("student", *exam))) if way else None))
         log(name, " ".join(f"{s}:{100*a:.1f}" for s, a in accuracy.items()), f"mean {100*fmean(accuracy.values()):.1f}")
         return dict(accuracy=accuracy, mean=fmean(accuracy.values()))
     def both(name, *way): return measure(name, *way) | dict(short=measure(name, *way, sizes=SHORT)["accuracy"])

@@ -17,7 +17,7 @@ from torch.nn.functional import one_hot, pad
 from .capture import capture, intercept, text_configs
 from .evaluate import ask, evaluate
 from .haystack import Haystack
-from .inputs import image_inputs, prompt_inputs, prompt_positions, question_ids, question_text, read_groups
+from .inputs import image_inputs, prompt_inputs, question_ids, question_text, read_groups, read_positions
 from .rope import rope_spec
 
 # %% ../nbs/11_baselines.ipynb #text-model
@@ -278,9 +278,9 @@ def sort_images(
     return Haystack(images, (replace(question, needles=needles),), haystack.id)
 
 # %% ../nbs/11_baselines.ipynb #whole-prompt
-def _whole(model, processor, haystack, size, seen):
+def _whole(model, processor, haystack, size, features):
     "Arguments for the whole prompt with the haystack's first question, and the group of each token."
-    made = prompt_inputs(processor, haystack, size) if seen is None else seen
+    made = prompt_inputs(processor, haystack, size) if features is None else features
     inputs = {k: v.to(model.device) for k, v in made.items()}
     length = int((inputs["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
     tail = torch.tensor([question_ids(processor, question_text(processor, haystack, 0))], device=model.device)
@@ -289,16 +289,16 @@ def _whole(model, processor, haystack, size, seen):
     if "mm_token_type_ids" in inputs:
         inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"][:, :length], (0, tail.shape[1]))
     inputs["student_features"] = inputs.pop("features", None)
-    arguments = image_inputs(model, inputs, "student") | {"position_ids": prompt_positions(model, inputs)}
+    arguments = image_inputs(model, inputs, "student") | {"position_ids": read_positions(model, inputs)}
     return arguments, read_groups(model, inputs)
 
-def _sorted_features(seen, order):
-    "What `see` made of a haystack, for its images in another order."
-    grid = seen["image_grid_thw"]
+def _sorted_features(prompt, order):
+    "What `precompute_prompts` made of a haystack, for its images in another order."
+    grid = prompt["image_grid_thw"]
     if (grid != grid[0]).any():
         raise ValueError("sorting pictures that were seen before needs pictures of one size, "
-                         f"got grids {grid.unique(dim=0).tolist()}: leave out `seen`")
-    return seen | {"features": seen["features"].unflatten(0, (len(grid), -1))[order].flatten(0, 1)}
+                         f"got grids {grid.unique(dim=0).tolist()}: leave out `features`")
+    return prompt | {"features": prompt["features"].unflatten(0, (len(grid), -1))[order].flatten(0, 1)}
 
 # %% ../nbs/11_baselines.ipynb #ask-sorted
 @torch.no_grad()
@@ -311,7 +311,7 @@ def ask_sorted(
     max_new_tokens: int = 0,  # 0: no generation; else the longest answer in tokens (greedy)
     prompt: str = "",  # text before each question, after the images
     size: int = 56,  # side of drawn scenes in pixels
-    seen: dict | None = None,  # this haystack's part of what `see` made; None: its pictures are read at each pass
+    features: dict | None = None,  # its part of what `precompute_prompts` made; None: pictures are read at each pass
     rounds: int = 1,  # how often to read and sort before the answer
 ) -> tuple[torch.Tensor, list[str] | None]:  # as `ask`
     """Ask each question after the images have been sorted for it by the attention of the prompt's last token
@@ -321,7 +321,7 @@ def ask_sorted(
     for t in range(len(haystack.questions)) if turns is None else turns:
         question = haystack.questions[t]
         stack = replace(haystack, questions=(replace(question, wording=prompt + question.text),))
-        known = seen
+        known = features
         for _ in range(rounds):
             shares = image_attention(model, *_whole(model, processor, stack, size, known))[0].cpu()
             stack = sort_images(stack, 0, shares)

@@ -31,7 +31,7 @@ from .rope import RopeSpec, resolved_bands, rope_spec
 from laid_nb.spectra import (
     HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
 )
-from .align import shared_rope
+from .rope import shared_rope
 from .inputs import image_inputs, read_groups, read_positions
 
 # %% ../nbs/12_inspector.ipynb #base

@@ -25,7 +25,7 @@ from .inspector import HeadGrid, Inspector
 from .mixing import GramStats, explained, head_sizes, mix, repeat_kv
 from .rope import RopeSpec, rope_spec
 from .spectra import band_energy, band_response, distance_response, in_bins, log_edges
-from .align import shared_rope
+from .rope import shared_rope
 from .inputs import HaystackCollator, image_inputs, read_positions
 
 # %% ../nbs/12a_mixing_inspector.ipynb #view

@@ -12,6 +12,24 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import one_hot, pad
 
+# %% ../nbs/06_simulate.ipynb #check-spans
+def _check_spans(inside, opened, closed, image):
+    "Refuses images that are cut, nested, or not within their delimiters; all [batch, tokens]."
+    if ((inside < 0) | (inside > 1)).any() or (opened[:, -1:] != closed[:, -1:]).any():
+        raise ValueError("input_ids: vision_start and vision_end tokens do not alternate; "
+                         "is an image cut by truncation?")
+    if (image & (inside == 0)).any():
+        raise ValueError("input_ids: an image token stands outside vision_start ... vision_end")
+
+
+def _check_pictures(groups, opened, image):
+    "Refuses spans without an image token, as those of videos are."
+    for row, (g, patches) in enumerate(zip(groups, image)):
+        found = g[patches].unique().numel()
+        if found != opened[row, -1]:
+            raise ValueError(f"input_ids row {row}: {int(opened[row, -1])} vision spans but {found} hold image tokens; "
+                             "videos are not supported")
+
 # %% ../nbs/06_simulate.ipynb #image-groups
 def image_groups(
     input_ids: torch.Tensor,  # token ids, [batch, tokens]
@@ -19,32 +37,41 @@ def image_groups(
     vision_start_id: int,  # opens an image
     vision_end_id: int,  # closes an image
 ) -> torch.Tensor:  # [batch, tokens] long: index of the token's image in its row, -1 = text or padding
-    "Index of the image each token belongs to, delimiters included; ValueError when an image is cut or is not an image (ours)."
+    """Index of the image each token belongs to, delimiters included (ours).
+
+    ValueError when an image is cut or is not an image."""
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids has shape {tuple(input_ids.shape)}; expected [batch, tokens]")
     start, end, image = (input_ids == i for i in (vision_start_id, vision_end_id, image_token_id))
     opened, closed = start.cumsum(1), end.cumsum(1)
     inside = opened - closed + end.long()
-    if ((inside < 0) | (inside > 1)).any() or (opened[:, -1:] != closed[:, -1:]).any():
-        raise ValueError("input_ids: vision_start and vision_end tokens do not alternate; is an image cut by truncation?")
-    if (image & (inside == 0)).any():
-        raise ValueError("input_ids: an image token stands outside vision_start ... vision_end")
+    _check_spans(inside, opened, closed, image)
     groups = torch.where(inside == 1, opened - 1, -1)
-    for row, (g, patches) in enumerate(zip(groups, image)):
-        found = g[patches].unique().numel()
-        if found != opened[row, -1]:
-            raise ValueError(f"input_ids row {row}: {int(opened[row, -1])} vision spans but {found} hold image tokens; videos are not supported")
+    _check_pictures(groups, opened, image)
     return groups
 
 # %% ../nbs/06_simulate.ipynb #check-groups
 def _n_images(groups: torch.Tensor) -> int:
-    "Largest number of images in a row; ValueError unless groups is [batch, tokens] with at least one image in every row."
+    "Largest number of images in a row; ValueError unless groups is [batch, tokens] with an image in every row."
     if groups.ndim != 2 or groups.is_floating_point():
-        raise ValueError(f"groups has shape {tuple(groups.shape)}, {groups.dtype}; expected integers [batch, tokens] from image_groups")
+        raise ValueError(f"groups has shape {tuple(groups.shape)}, {groups.dtype}; "
+                         "expected integers [batch, tokens] from image_groups")
     empty = (groups.amax(1) < 0).nonzero().flatten().tolist()
     if empty:
         raise ValueError(f"groups: row {empty[0]} has no image, so there is no window to simulate")
     return int(groups.max()) + 1
+
+# %% ../nbs/06_simulate.ipynb #check-gaps
+def _check_gaps(position_ids, groups, gaps, images):
+    "Refuses positions or gaps that do not fit the groups, and negative gaps."
+    if position_ids.shape not in (groups.shape, (3, *groups.shape)):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; "
+                         f"groups {tuple(groups.shape)} needs [3, batch, tokens] or [batch, tokens]")
+    if gaps.shape != (len(groups), images) or gaps.is_floating_point():
+        raise ValueError(f"gaps has shape {tuple(gaps.shape)}, {gaps.dtype}; "
+                         f"expected integers {(len(groups), images)}, one for each image")
+    if (gaps < 0).any():
+        raise ValueError(f"gaps must not be negative, found {int(gaps.min())}")
 
 # %% ../nbs/06_simulate.ipynb #gap-positions
 def gap_positions(
@@ -52,16 +79,28 @@ def gap_positions(
     groups: torch.Tensor,  # from image_groups, [batch, tokens]
     gaps: torch.Tensor,  # integers >= 0, [batch, images]: positions left free before each image
 ) -> torch.Tensor:  # positions of the same shape
-    "Shift every token by the gaps before the images begun so far; a row with fewer images ignores its surplus gaps (ours)."
-    images = _n_images(groups)
-    if position_ids.shape not in (groups.shape, (3, *groups.shape)):
-        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; groups {tuple(groups.shape)} needs [3, batch, tokens] or [batch, tokens]")
-    if gaps.shape != (len(groups), images) or gaps.is_floating_point():
-        raise ValueError(f"gaps has shape {tuple(gaps.shape)}, {gaps.dtype}; expected integers {(len(groups), images)}, one for each image")
-    if (gaps < 0).any():
-        raise ValueError(f"gaps must not be negative, found {int(gaps.min())}")
+    """Shift every token by the gaps before the images begun so far (ours).
+
+    A row with fewer images ignores its surplus gaps. ValueError for shapes that do not fit, and for negative gaps."""
+    _check_gaps(position_ids, groups, gaps, _n_images(groups))
     begun = groups.cummax(1).values
     return position_ids + pad(gaps.cumsum(1), (1, 0)).gather(1, begun + 1)
+
+# %% ../nbs/06_simulate.ipynb #check-asked
+def _check_asked(turn, needles, groups):
+    "Refuses turns or needles that do not fit the groups, and turns or images that are not there."
+    if turn.shape != groups.shape or len(needles) != len(groups):
+        raise ValueError(f"turn {tuple(turn.shape)} and needles of {len(needles)} rows "
+                         f"do not fit groups {tuple(groups.shape)}")
+    for row, turns in enumerate(needles):
+        last, images = int(turn[row].max()), int(groups[row].max()) + 1
+        if last >= len(turns):
+            raise ValueError(f"turn row {row} counts to {last} but needles has {len(turns)} questions")
+        for t, found in enumerate(turns):
+            for image in found:
+                if not 0 <= image < images:
+                    raise ValueError(f"needles row {row}, question {t}: "
+                                     f"image {image} is not among the row's {images} images")
 
 # %% ../nbs/06_simulate.ipynb #asked-rows
 def asked_rows(
@@ -71,45 +110,52 @@ def asked_rows(
 ) -> torch.Tensor:  # [batch, tokens, images] bool
     "True where a token belongs to a question about an image; ValueError when a turn or an image is not there (ours)."
     images = _n_images(groups)
-    if turn.shape != groups.shape or len(needles) != len(groups):
-        raise ValueError(f"turn {tuple(turn.shape)} and needles of {len(needles)} rows do not fit groups {tuple(groups.shape)}")
+    _check_asked(turn, needles, groups)
     asked = torch.zeros(*groups.shape, images, dtype=torch.bool, device=groups.device)
     for row, turns in enumerate(needles):
-        if turn[row].max() >= len(turns):
-            raise ValueError(f"turn row {row} counts to {int(turn[row].max())} but needles has {len(turns)} questions")
         for t, found in enumerate(turns):
             for image in found:
-                if not 0 <= image <= groups[row].max():
-                    raise ValueError(f"needles row {row}, question {t}: image {image} is not among the row's {int(groups[row].max()) + 1} images")
                 asked[row, :, image] |= turn[row] == t
     return asked
 
-# %% ../nbs/06_simulate.ipynb #multiplicity-bias
+# %% ../nbs/06_simulate.ipynb #check-multiplicity
+def _check_multiplicity(groups, asked, multiplicity, images):
+    "Refuses what does not fit the groups, and a distractor that counts less than once."
+    if asked.shape != (*groups.shape, images) or asked.dtype != torch.bool:
+        raise ValueError(f"asked has shape {tuple(asked.shape)}, {asked.dtype}; "
+                         f"expected bool {(*groups.shape, images)}")
+    if multiplicity.shape not in ((len(groups),), (len(groups), images)):
+        raise ValueError(f"multiplicity has shape {tuple(multiplicity.shape)}; "
+                         f"expected {(len(groups),)} or {(len(groups), images)}")
+    if not ((multiplicity >= 1) & multiplicity.isfinite()).all():
+        raise ValueError(f"multiplicity must be finite and at least 1, found {multiplicity.flatten().tolist()}")
+
+# %% ../nbs/06_simulate.ipynb #multiplicity-factors
 def multiplicity_factors(
     groups: torch.Tensor,  # from image_groups, [batch, tokens]
     asked: torch.Tensor,  # from asked_rows, [batch, tokens, images] bool
     multiplicity: torch.Tensor,  # how often a distractor counts, >= 1, [batch] or [batch, images]
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> tuple:  # (rows, keys), each [batch, tokens, images]: rows @ keys.mT is the bias on the attention logits
-    "E log c and M transposed: log c where a row counts an image c times, and 1 where a key belongs to the image (ours)."
+    """E log c and M transposed (ours).
+
+    log c where a row counts an image c times, and 1 where a key belongs to the image."""
     images = _n_images(groups)
-    if asked.shape != (*groups.shape, images) or asked.dtype != torch.bool:
-        raise ValueError(f"asked has shape {tuple(asked.shape)}, {asked.dtype}; expected bool {(*groups.shape, images)}")
-    if multiplicity.shape not in ((len(groups),), (len(groups), images)):
-        raise ValueError(f"multiplicity has shape {tuple(multiplicity.shape)}; expected {(len(groups),)} or {(len(groups), images)}")
-    if not ((multiplicity >= 1) & multiplicity.isfinite()).all():
-        raise ValueError(f"multiplicity must be finite and at least 1, found {multiplicity.flatten().tolist()}")
+    _check_multiplicity(groups, asked, multiplicity, images)
     member = one_hot(groups + 1, images + 1)[..., 1:].bool()
     log_c = multiplicity.to(dtype).log().reshape(len(groups), 1, -1)
     return ~(member | asked)*log_c, member.to(dtype)
 
+# %% ../nbs/06_simulate.ipynb #multiplicity-bias
 def multiplicity_bias(
     groups: torch.Tensor,  # from image_groups, [batch, tokens]
     asked: torch.Tensor,  # from asked_rows, [batch, tokens, images] bool
     multiplicity: torch.Tensor,  # how often a distractor counts, >= 1, [batch] or [batch, images]
     dtype: torch.dtype = torch.float32,  # of the result
 ) -> torch.Tensor:  # [batch, 1, tokens (rows), tokens (keys)], to be added to attention logits
-    "log c at the keys of every image but the row's own and those it asks about, 0 elsewhere; causal masking is left to the attention (ours)."
+    """log c at the keys of every image but the row's own and those it asks about, 0 elsewhere (ours).
+
+    Causal masking is left to the attention."""
     rows, keys = multiplicity_factors(groups, asked, multiplicity, dtype)
     return (rows @ keys.mT)[:, None]
 
@@ -158,7 +204,8 @@ class WindowSimulation:
         "One reading of the batch, to be shared by teacher and student."
         gap, most = self.limits(progress)
         images, rows, device = _n_images(groups), len(groups), generator.device
-        total, place, size = (torch.rand(rows, n, generator=generator, device=device).to(groups.device) for n in (1, images, 1))
+        draws = [torch.rand(rows, n, generator=generator, device=device) for n in (1, images, 1)]
+        total, place, size = (x.to(groups.device) for x in draws)
         absent = torch.arange(images, device=groups.device) > groups.amax(1, keepdim=True)
         shifts = (place.masked_fill(absent, 1).sort(1).values*(total*(gap + 1)).floor()).round().long()
         positions = gap_positions(position_ids, groups, shifts.diff(dim=1, prepend=torch.zeros_like(shifts[:, :1])))

@@ -424,6 +424,7 @@ def terms(
             found[name] = sum(term.loss(evidence) for evidence in pairs.values())
     return found
 
+# %% ../nbs/09b_train.ipynb #compute-loss
 @patch
 def compute_loss(self: LaidTrainer, model, inputs, return_outputs=False, num_items_in_batch=None):
     "Eq. 8 for one micro-batch; to be called while `captured`."

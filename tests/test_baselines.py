@@ -20,11 +20,11 @@ from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
-from laid_nb.evaluate import ask, evaluate, read_records, see
+from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
 from laid_nb.inputs import encode
 from laid_nb.rope import RopeSpec
-from laid_nb.inputs import HaystackCollator, image_inputs, read_groups, read_positions
+from laid_nb.inputs import HaystackCollator, image_inputs, precompute_prompts, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
@@ -400,7 +400,7 @@ def test_image_attention_of_left_padding(model, processor, haystack):
 def test_image_attention_makes_no_square(model, processor):
     inputs = prompt(processor, picture_haystack(0, 150, 2, "val"))
     tokens = inputs["input_ids"].shape[1]
-    features = see(model, processor, [picture_haystack(0, 150, 2, "val")], progress=False)
+    features = precompute_prompts(model, processor, [picture_haystack(0, 150, 2, "val")], progress=False)
     batch = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"student_features": next(v for k, v in features.items() if k != "tower")["features"]}
     arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, inputs)}, read_groups(model, inputs)
     with Largest() as largest: image_attention(model, arguments, groups)
@@ -436,8 +436,8 @@ def test_ask_sorted_by_hand(model, processor, haystack, rounds):
         torch.testing.assert_close(line, ask(model, processor, stack)[0][0], atol=1e-5, rtol=0)
 
 def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):
-    seen = see(model, processor, [haystack], progress=False)[haystack.id]
-    a, b = (ask_sorted(model, processor, haystack, max_new_tokens=3, prompt="Look: ", seen=s, rounds=2) for s in (None, seen))
+    seen = precompute_prompts(model, processor, [haystack], progress=False)[haystack.id]
+    a, b = (ask_sorted(model, processor, haystack, max_new_tokens=3, prompt="Look: ", features=s, rounds=2) for s in (None, seen))
     torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=0)
     assert a[1] == b[1] and len(a[1]) == 4
     assert not torch.allclose(a[0], ask_sorted(model, processor, haystack, rounds=2)[0], atol=1e-5)  # the prompt is read
@@ -447,7 +447,7 @@ def test_ask_sorted_refuses(model, processor, haystack, tmp_path):
     for i, size in enumerate((56, 112)): Image.new("RGB", (size, 56), (i*99, 0, 0)).save(tmp_path/f"{i}.png")
     mixed = Haystack((tmp_path/"0.png", tmp_path/"1.png"), (Question("cup", "dog", "single", True, (0,)),), "mixed")
     ask_sorted(model, processor, mixed)
-    with pytest.raises(ValueError, match="pictures of one size"): ask_sorted(model, processor, mixed, seen=see(model, processor, [mixed], progress=False)["mixed"])
+    with pytest.raises(ValueError, match="pictures of one size"): ask_sorted(model, processor, mixed, features=precompute_prompts(model, processor, [mixed], progress=False)["mixed"])
 
 # ---------------------------------------------------------------- evaluation
 

@@ -118,7 +118,7 @@ def test_anchors_is_called_with_both_folders(monkeypatch, work):
 
 def test_yaml_is_read_as_flags_and_flags_win(work):
     (work/"a.yaml").write_text("method: kd\nlayers: 2:3\nlearning_rate: 1e-4\nreport_to: none\nbf16: false\nuse_cpu: true\n")
-    config, _ = cli.training_settings(cli._yaml_settings("a.yaml") | {"learning_rate": ["3e-4"]})
+    config, _ = cli._training_settings(cli._yaml_settings("a.yaml") | {"learning_rate": ["3e-4"]})
     assert (config.method, config.layers, config.learning_rate, config.bf16, config.output_dir) == ("kd", "2:3", 3e-4, False, "laid-runs")
 
 
@@ -205,7 +205,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
     assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
-    assert sorted(p.name for p in out.iterdir()) == sorted(demo.OUTPUTS)
+    assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
     for name, model in results["models"].items():

@@ -2,21 +2,21 @@
 import pytest
 
 from laid_nb.accuracy import Results, count
-from laid_nb.demo import TRAININGS, claim, verdict
+from laid_nb.demo import TRAININGS, _claim, _verdict
 
 
 def test_claim_resumes_refuses_and_starts_anew(tmp_path):
     out = tmp_path/"demo"
-    state = claim(out, {"steps": 1, "sizes": (1, 2)}, False)
-    assert claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
-    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): claim(out, {"steps": 2, "sizes": (1, 2)}, False)
+    state = _claim(out, {"steps": 1, "sizes": (1, 2)}, False)
+    assert _claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
+    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): _claim(out, {"steps": 2, "sizes": (1, 2)}, False)
     (out/"records").mkdir()
     (out/"mine.txt").write_text("of the user")
-    claim(out, {"steps": 2, "sizes": (1, 2)}, True)
+    _claim(out, {"steps": 2, "sizes": (1, 2)}, True)
     assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt"]
     (tmp_path/"other").mkdir()
     (tmp_path/"other/a.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no demo"): claim(tmp_path/"other", {}, True)
+    with pytest.raises(ValueError, match="holds no demo"): _claim(tmp_path/"other", {}, True)
     assert (tmp_path/"other/a.txt").exists()
 
 
@@ -25,6 +25,6 @@ def test_the_verdict_says_longer_only_where_intervals_are_apart():
     models = {"teacher": count(sizes, [199, 198, 197], [200]*3), "student": count(sizes, [198, 140, 100], [200]*3)}
     models |= {name: count(sizes, [198, 180, 110], [200]*3) for name in TRAININGS}
     models["SFT"] = models["student"]
-    said = verdict(Results(models, "student")).splitlines()
+    said = _verdict(Results(models, "student")).splitlines()
     assert "no difference shown" in said[1] and all("longer" in line for line in said[2:-1])
     assert said[-1].startswith("Right at 50 images and more: teacher 98%, student 50%, SFT 50%")

@@ -69,6 +69,31 @@ def test_hidden_cells_and_directives_go_and_exported_code_stays_with_its_paramet
     assert "| `distances` | " in sources[at + 1] and "api/rope.html#rope_series" in sources[at + 1]
     json.dumps(made)
 
+# --- folds --------------------------------------------------------------------
+PLOT = "figure, axes = plt.subplots()\naxes.plot(x)\naxes.set_title('x')\nfigure"
+
+@pytest.mark.parametrize("cell, why", [
+    (code("#| export\nimport math\n\nfrom torch import nn"), "imports"),
+    (code("%matplotlib inline\nimport torch\ntorch.manual_seed(0)"), "examples"),
+    (code("import torch\nx = torch.ones(1)"), None),
+    (code("#| export\ndef plot_gain(\n    x,  # values\n):\n    return draw(x)"), "plotting"),
+    (code("#| export\ndef gain(x): return 2*x"), None),
+    (code(PLOT, image()), "plotting"),
+    (code("#| code-fold: false\n" + PLOT, image()), None),
+    (code("plot_gain(x)", image()), None),
+    (code(PLOT + "\nassert x > 1", image()), None),
+    (code("#| code-fold: true\nx = 1"), "code"),
+])
+def test_imports_and_plotting_code_are_folded(cell, why): assert build.folded(cell) == why
+
+def test_a_fold_opens_by_its_name(names, links):
+    made = build.processed(Path("00_rope.ipynb"), notebook(text("# T"), code("#| code-fold: true\nx = 1"), code("y = 2", id="open")), links, names)
+    first, second = made["cells"][1:]
+    assert first["source"] == "x = 1" and first["metadata"] == {"tags": ["laid-fold-code"]} and second["metadata"] == {}
+    page = build.themed('<div class="celltoolbar">\n<div class="tags">\n<span>\n<span class="cell-tag">laid-fold-imports</span>\n</span>\n</div>\n</div>\n'
+                        '<div class="CodeMirror cm">\n<div class="highlight-ipynb"><pre>import x</pre></div></div>')
+    assert '<details class="laid-code"><summary>Imports</summary><div class="highlight">' in page and "cell-tag" not in page
+
 # --- links --------------------------------------------------------------------
 def test_links_of_a_notebook(links):
     assert links("[a](experiments/why.ipynb#The-answer) [b](../benchmarks/spectra.py) [c](../benchmarks) [d](https://a.b/c) [e](#here)") == (
@@ -185,12 +210,24 @@ def test_every_command_and_flag_stands_in_the_reference():
     for name, command in top._subparsers._group_actions[0].choices.items():
         section = page.split(f"## `laid {name}` {{", 1)[1].split("\n## ", 1)[0]
         for action in command._actions:
-            for flag in action.option_strings or [action.metavar]: assert re.search(rf"^\| .*`{re.escape(flag)}[ `]", section, re.M), f"laid {name} {flag}"
+            for flag in action.option_strings or [action.metavar or action.dest]: assert re.search(rf"^\| .*`{re.escape(flag)}[ `]", section, re.M), f"laid {name} {flag}"
 
 def test_every_setting_of_our_own_stands_in_the_reference():
     from transformers import TrainingArguments
     from laid_nb.train import LaidConfig
+    from laid_nb.simulate import WindowSimulation
     page = plain(reference.settings())
-    for field in {f.name for f in dataclasses.fields(LaidConfig)} - {f.name for f in dataclasses.fields(TrainingArguments)}: assert f"| `--{field}` |" in page, field
+    ours = {f.name for c in (LaidConfig, WindowSimulation) for f in dataclasses.fields(c)}
+    for field in ours - {f.name for f in dataclasses.fields(TrainingArguments)}: assert f"| `--{field}` |" in page, field
+
+def test_a_table_of_the_code_is_one_on_the_page():
+    @dataclasses.dataclass
+    class Row:
+        means: str
+        methods: tuple
+        loss: object = None
+    shown = reference.constant("ROWS", {"kl": Row("softened answers", ("kd", "laid"), lambda e: e)})
+    assert shown == "|  | means | methods |\n| --- | --- | --- |\n| `kl` | softened answers | kd, laid |\n"
+    assert reference.constant("F", {"a": reference.table}) == "```python\nF = {'a': table}\n```"
 
 def test_text_is_escaped_for_a_table(): assert reference.escape("a|b `c|d` [x] <y> *z*") == r"a\|b `c\|d` \[x\] \<y\> \*z\*"

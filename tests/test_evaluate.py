@@ -15,12 +15,12 @@ from laid_nb.accuracy import (
     Counts, HALF, by_depth, by_size, effective_window, mean_relative_gain, plot_accuracy, plot_depth, wilson,
     window_ratio
 )
-from laid_nb.evaluate import ask, evaluate, read_records, see
+from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import haystack_fingerprint
 from laid_nb.store import model_fingerprint
 from laid_nb.vhs import vhs_entry, write_vhs
 from laid_nb.haystack import Haystack, picture_haystack
-from laid_nb.inputs import messages
+from laid_nb.inputs import messages, precompute_prompts
 
 # ---------------------------------------------------------------- statistics
 
@@ -187,16 +187,16 @@ def test_float32_scores_and_no_gradient(processor):
 
 def test_seen_pictures_give_the_same_records_without_the_tower(model, processor, monkeypatch):
     stacks = [picture_haystack(s, n, 4) for s, n in ((0, 1), (1, 6))]
-    expected, seen = evaluate(model, processor, stacks, progress=False), see(model, processor, stacks, progress=False)
+    expected, seen = evaluate(model, processor, stacks, progress=False), precompute_prompts(model, processor, stacks, progress=False)
     monkeypatch.setattr(type(model), "get_image_features", lambda *a, **k: pytest.fail("the vision tower was used"))
     monkeypatch.setattr(type(stacks[0]), "image", lambda *a: pytest.fail("a picture was drawn"))
-    got = evaluate(model, processor, stacks, progress=False, seen=seen)
+    got = evaluate(model, processor, stacks, progress=False, features=seen)
     assert [r["correct"] for r in got] == [r["correct"] for r in expected]
     torch.testing.assert_close(torch.tensor([r["margin"] for r in got]), torch.tensor([r["margin"] for r in expected]), atol=1e-10, rtol=0)
 
 def test_pictures_of_another_tower_are_refused(model, processor):
-    seen = see(model, processor, [STACK], progress=False)
-    with pytest.raises(ValueError, match="another vision tower"): evaluate(tiny("qwen2_5", processor, seed=1), processor, [STACK], progress=False, seen=seen)
+    seen = precompute_prompts(model, processor, [STACK], progress=False)
+    with pytest.raises(ValueError, match="another vision tower"): evaluate(tiny("qwen2_5", processor, seed=1), processor, [STACK], progress=False, features=seen)
 
 # ---------------------------------------------------------------- records
 

@@ -17,7 +17,7 @@ import features
 import leakage
 import retrieval
 from laid_nb.evaluate import ask
-from laid_nb.inputs import prompt_positions
+from laid_nb.inputs import read_positions
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import encode
 
@@ -41,7 +41,7 @@ def test_reading_features_by_position_answers_as_reading_pictures(student, work)
 def test_positions_are_those_of_the_model(student):
     model, processor = student
     inputs = encode(processor, picture_haystack(0, 7, 1), [0])
-    whole = prompt_positions(model, inputs)[:, 0]
+    whole = read_positions(model, inputs)[:, 0]
     opening = int((inputs["input_ids"][0] == model.config.vision_start_token_id).nonzero()[0])
     assert torch.equal(features.positions(opening, 7), whole[:, :opening + 6*7 + 1])
 

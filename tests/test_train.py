@@ -22,8 +22,8 @@ from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.rope import rope_spec
 from laid_nb.align import needle_pair, needle_scores
 from laid_nb.inputs import HaystackCollator, OURS, SizeSampler, image_inputs, precompute, read_groups, read_positions
-from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, add_lora, lora_state, merged
-from laid_nb.recompose import Recomposed, SeenEncoder
+from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
+from laid_nb.recompose import Recomposed, PieceEncoder
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
@@ -415,7 +415,7 @@ def test_a_coins_reply_has_no_gradient_of_its_own(trainer, haystacks):
 
 
 def test_unlabelled_questions_are_refused_where_only_labels_count(trainer, haystacks, pool, processor):
-    for data in (unlabelled(haystacks), pool[:3] + [SeenEncoder(pool, HaystackCollator(processor))(h) for h in unlabelled(haystacks[3:4])]):
+    for data in (unlabelled(haystacks), pool[:3] + [PieceEncoder(pool, HaystackCollator(processor))(h) for h in unlabelled(haystacks[3:4])]):
         for settings in (dict(method="sft"), dict(method="kd", lambda_kl=0.)):
             with pytest.raises(ValueError, match="nobody has answered"): trainer(data=data, **settings)
     trainer(data=unlabelled(haystacks), method="kd")
@@ -432,7 +432,7 @@ def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
     collate = HaystackCollator(processor, turns=2)
     made = PicturePool(haystacks).haystack(4, 3, random.Random(0)) if not known else replace(haystacks[5], images=haystacks[5].images[::-1] + haystacks[0].images)
     slow, = precompute([made], collate, tiny("student"), tiny("teacher"), progress=False)
-    fast = SeenEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
+    fast = PieceEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
     assert fast.keys() == slow.keys() and (fast["needles"], fast["haystack"]) == (slow["needles"], slow["haystack"]) and len(fast["needles"]) == 2
     for name in slow.keys() - {"needles", "haystack"}:
         assert fast[name].dtype == slow[name].dtype
@@ -440,7 +440,7 @@ def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
 
 
 def test_seen_encoder_neither_draws_nor_renders_nor_tokenises_again(processor, haystacks, pool, monkeypatch):
-    encode_seen, calls = SeenEncoder(pool, HaystackCollator(processor)), []
+    encode_seen, calls = PieceEncoder(pool, HaystackCollator(processor)), []
     encode_seen(haystacks[0])
     for owner, name in ((type(processor), "__call__"), (type(processor), "apply_chat_template"), (type(processor.tokenizer), "__call__"), (type(haystacks[0]), "image")):
         monkeypatch.setattr(owner, name, lambda *a, name=name, **k: calls.append(name))
@@ -453,7 +453,7 @@ def test_a_template_that_counts_pictures_is_refused(processor, haystacks, tiny):
     counting.chat_template = counting.chat_template.replace("<|vision_start|>", "dog{{ loop.index0 }}<|vision_start|>")
     assert counting.chat_template != processor.chat_template
     collate = HaystackCollator(counting)
-    with pytest.raises(ValueError, match="cannot be put together from pieces"): SeenEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
+    with pytest.raises(ValueError, match="cannot be put together from pieces"): PieceEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
 
 
 @pytest.mark.parametrize("data", ["pixels", "features"])
@@ -554,18 +554,18 @@ def test_lora_changes_the_text_layers_alone_and_by_its_rank(trainer, tiny, metho
 
 def test_lora_is_what_its_formula_says(tiny):
     model = tiny("student").double()
-    adapters = add_lora(model, 3)
+    adapters = _add_lora(model, 3)
     for layer in adapters.values(): layer.lora_B["default"].weight.data.normal_()
     name, layer = next(iter(adapters.items()))
     x, W, A, B = torch.randn(5, 64).double(), layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x), x @ (W + 2*B @ A).T + layer.base_layer.bias)
-    with merged(model, adapters): torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x)); assert type(model.get_submodule(name)) is torch.nn.Linear
+    with _merged(model, adapters): torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x)); assert type(model.get_submodule(name)) is torch.nn.Linear
     assert model.get_submodule(name) is layer
 
 
 def test_lora_of_a_bf16_student_learns_in_float32(trainer, tiny):
     made = trainer(tiny("student").bfloat16(), tiny("teacher").bfloat16(), method="kd", lora_rank=2)
-    assert {p.dtype for p in lora_state(made.model).values()} == {torch.float32}
+    assert {p.dtype for p in _lora_state(made.model).values()} == {torch.float32}
     made.train()
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
 
@@ -598,7 +598,7 @@ def test_lora_resume_is_refused(trainer, tiny, tmp_path):
 def test_lora_is_refused(trainer):
     with pytest.raises(ValueError, match="would not reach the adapters"): LaidConfig(use_cpu=True, method="laid+", lora_rank=8)
     with pytest.raises(ValueError, match="lora_rank is -1"): LaidConfig(use_cpu=True, lora_rank=-1)
-    with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
+    with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): _add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
     made = trainer(method="sft", lora_rank=2)
     made.train()
     with pytest.raises(RuntimeError, match="merged into its student"): made.train()

@@ -37,6 +37,24 @@ def test_every_page_of_the_navigation_fits_a_phone(look, site):
     assert all(width <= 390 for width in wide.values()), {path: width for path, width in wide.items() if width > 390}
 
 
+@pytest.mark.parametrize("path", ["01_capture", "03_mixing", "06_simulate", "09b_train", "13_cli"])
+def test_a_line_of_120_characters_fits_a_screen_of_1440_pixels(look, path):
+    page = look(f"{path}.html", viewport=dict(width=1423, height=900))  # a scroll bar takes 17
+    page.locator("h1").first.wait_for()
+    page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
+    blocks = page.locator(".highlight pre > code").evaluate_all(
+        "all => all.map(c => [Math.max(...c.textContent.split('\\n').map(line => line.length)), c.scrollWidth - c.clientWidth])")
+    assert max(length for length, _ in blocks) > 100
+    assert [length for length, over in blocks if length <= 120 and over > 0] == []
+
+
+def test_imports_are_folded_and_open(look):
+    fold = look("06_simulate.html").locator("details.laid-code").first
+    assert fold.locator("summary").inner_text() == "Imports" and not fold.locator("pre").is_visible()
+    fold.locator("summary").click()
+    assert "import torch" in fold.locator("pre").inner_text()
+
+
 def test_maths_is_drawn(look):
     page = look("00_rope.html")
     page.locator("mjx-container svg").first.wait_for()
