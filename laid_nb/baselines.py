@@ -14,10 +14,21 @@ from functools import partial
 import torch
 from torch.nn.functional import one_hot, pad
 
+from laid_nb.inputs import (
+    family_of,
+    image_inputs,
+    prefix_length,
+    prompt_inputs,
+    question_ids,
+    question_text,
+    read_groups,
+    read_positions,
+    token_fields,
+)
+
 from .capture import capture, intercept, text_configs
 from .evaluate import ask, evaluate
 from .haystack import Haystack
-from .inputs import image_inputs, prompt_inputs, question_ids, question_text, read_groups, read_positions
 from .rope import rope_spec
 
 # %% ../nbs/11_baselines.ipynb #text-model
@@ -281,15 +292,14 @@ def sort_images(
 def _whole(model, processor, haystack, size, features):
     "Arguments for the whole prompt with the haystack's first question, and the group of each token."
     made = prompt_inputs(processor, haystack, size) if features is None else features
-    inputs = {k: v.to(model.device) for k, v in made.items()}
-    length = int((inputs["input_ids"][0] == processor.image_token_id).nonzero()[-1]) + 1
-    tail = torch.tensor([question_ids(processor, question_text(processor, haystack, 0))], device=model.device)
-    inputs["input_ids"] = torch.cat([inputs["input_ids"][:, :length], tail], 1)
+    inputs = {name: x.to(model.device) for name, x in made.items()}
+    length, tail = prefix_length(processor, inputs), question_ids(processor, question_text(processor, haystack, 0))
+    for name in token_fields(inputs, family_of(model)):
+        fill = (0, 0)*(inputs[name].ndim - 2) + (0, len(tail))
+        inputs[name] = pad(inputs[name][:, :length], fill)
+    inputs["input_ids"][:, length:] = torch.tensor(tail, device=model.device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        inputs["mm_token_type_ids"] = pad(inputs["mm_token_type_ids"][:, :length], (0, tail.shape[1]))
-    inputs["student_features"] = inputs.pop("features", None)
-    arguments = image_inputs(model, inputs, "student") | {"position_ids": read_positions(model, inputs)}
+    arguments = image_inputs(model, inputs) | {"position_ids": read_positions(model, inputs)}
     return arguments, read_groups(model, inputs)
 
 def _sorted_features(prompt, order):

@@ -22,9 +22,8 @@ from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
 from laid_nb.rope import RopeSpec
-from laid_nb.inputs import HaystackCollator, image_inputs, precompute_prompts, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
