@@ -165,7 +165,7 @@ def _recalled(
     ValueError where nobody wrote them down."""
     if cache is None or not (length := cache.get_seq_length()): return None
     layer = cache.layers[0]
-    owner = layer if hasattr(layer, "rope_positions") else getattr(layer, "trunk", None)
+    owner = layer if hasattr(layer, "rope_positions") else getattr(layer, "prefix", None)
     known = getattr(owner, "rope_positions", None)
     if known is None or known.shape[-1] < length:
         raise ValueError(f"the KV cache holds {length} tokens, and the positions of "
