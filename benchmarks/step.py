@@ -1,4 +1,5 @@
-"""One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL, beside the floor that no method can beat."""
+"""One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL,
+beside the floor that no method can beat."""
 import argparse
 import tempfile
 import warnings
@@ -9,13 +10,15 @@ from transformers.utils import logging
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import picture_haystack
-from laid_nb.inputs import HaystackCollator, image_inputs, precompute, read_positions
 from laid_nb.losses import supervised_rows
+from laid_nb.inputs import HaystackCollator, image_inputs, precompute, read_positions
+from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer
 from measure import peak_bytes, seconds, table, write
 
-METHODS = {"SFT": dict(method="sft"), "SFT + KL": dict(method="kd"), "LAid": dict(method="laid"), "LAid+": dict(method="laid+", ramp=0.0)}
-DEPTH = {"teacher": 16, "student": 12}  # the widths are the embedded pair's; a step of so few layers as theirs would overstate what is done once
+METHODS = {"SFT": "sft", "SFT + KL": "kd", "LAid": "laid", "LAid+": "laid+"}
+DEPTH = {"teacher": 16, "student": 12}  # widths are the embedded pair's; so few layers as theirs overstate what is done once
+ON_GPU = torch.cuda.is_available()
 
 
 def model(
@@ -36,7 +39,8 @@ def sample(
     "An encoded haystack of 12 questions, its images as both frozen towers see them."
     collate, per_image = HaystackCollator(processor, size=168), 38  # 36 merged patches and two delimiters
     images = max(12, round((tokens - 300)/per_image))
-    return precompute([picture_haystack(0, images, 12, "train")], collate, pair["student"], pair["teacher"], progress=False)[0]
+    haystacks = [picture_haystack(0, images, 12, "train")]
+    return precompute(haystacks, collate, pair["student"], pair["teacher"], progress=False)[0]
 
 
 def floor(
@@ -45,10 +49,12 @@ def floor(
 ):
     "Teacher forward, student forward and backward: stock models, cross-entropy alone."
     rows, answers = supervised_rows(batch["labels"])
-    how = dict(position_ids=read_positions(pair["student"], batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
+    positions, keep = read_positions(pair["student"], batch), rows.any(0).nonzero()[:, 0]
+    how = dict(position_ids=positions, logits_to_keep=keep, use_cache=False)
     def run():
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
-            with torch.no_grad(): pair["teacher"](**image_inputs(pair["teacher"], batch, "teacher"), **how)
+        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=ON_GPU):
+            with torch.no_grad():
+                pair["teacher"](**image_inputs(pair["teacher"], batch, "teacher"), **how)
             logits = pair["student"](**image_inputs(pair["student"], batch, "student"), **how).logits
             torch.nn.functional.cross_entropy(logits[0].float(), answers).backward()
         pair["student"].zero_grad()
@@ -61,38 +67,64 @@ def step(
 ):
     trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     def run():
-        with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16): trainer.training_step(trainer.model, dict(batch))
+        with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+            trainer.training_step(trainer.model, dict(batch))
         trainer.model.zero_grad()
-        for p in trainer.extra_parameters(): p.grad = None
+        for part in trainer.parts:
+            for p in part.parameters():
+                p.grad = None
     return run
+
+
+def prepared(
+    method: str,  # a row of METHODS
+    processor,
+    pool: list[dict],  # of samples
+    teacher,  # a model
+) -> LaidTrainer:
+    "A trainer before its first step. Far keys have their whole weight, as at the end of a training."
+    config = LaidConfig(
+        tempfile.mkdtemp(), method=METHODS[method], use_cpu=not ON_GPU, bf16=ON_GPU, report_to="none",
+        disable_tqdm=True, save_strategy="no")
+    student, simulation = model("student", processor), WindowSimulation(ramp=0.0)
+    trainer = LaidTrainer(student, config, pool, processor, teacher=teacher, simulation=simulation)
+    trainer.start()
+    trainer.model.train()
+    return trainer
 
 
 def measure(
     tokens: int,
     repeat: int,  # timed steps of each method
 ) -> list[dict]:  # a row a method
-    processor = build_processor()
-    pair = {name: model(name, processor).to("cuda" if torch.cuda.is_available() else "cpu") for name in DEPTH}
-    pool = [sample(tokens, processor, pair)]
-    calls = {}
-    for name, settings in METHODS.items():
-        config = LaidConfig(tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", init_haystacks=1, **settings)
-        student = model("student", processor)
-        trainer = LaidTrainer(student, config, pool, processor, teacher=pair["teacher"])
-        trainer.model.train()
-        if trainer.mixing is not None: trainer.start_mixing()
+    processor, device = build_processor(), "cuda" if ON_GPU else "cpu"
+    pair = {name: model(name, processor).to(device) for name in DEPTH}
+    pool, calls = [sample(tokens, processor, pair)], {}
+    for name in METHODS:
+        trainer = prepared(name, processor, pool, pair["teacher"])
         batch = trainer.data_collator(pool)
         calls[name] = step(trainer, batch)
     pair["student"].get_encoder(modality="image").requires_grad_(False)
-    calls["floor"] = floor(pair, {k: v.to(config.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    calls["floor"] = floor(pair, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    return rows_of(calls, repeat, batch["input_ids"].shape[1])
+
+
+def rows_of(
+    calls: dict,  # method -> what is timed
+    repeat: int,  # timed steps of each method
+    tokens: int,  # that are read
+) -> list[dict]:
+    "Time and memory of each call, and their ratio to SFT + KL."
     time, memory = seconds(calls, repeat), {name: peak_bytes(call) for name, call in calls.items()}
-    return [dict(tokens=batch["input_ids"].shape[1], method=name, seconds=time[name], **{"time / SFT + KL": time[name]/time["SFT + KL"]}, MB=memory[name]/1e6,
-                 **{"memory / SFT + KL": memory[name]/memory["SFT + KL"]}) for name in calls]
+    ratio = lambda what, name: what[name]/what["SFT + KL"]
+    return [{"tokens": tokens, "method": name, "seconds": time[name], "time / SFT + KL": ratio(time, name),
+             "MB": memory[name]/1e6, "memory / SFT + KL": ratio(memory, name)} for name in calls]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384] + [53_000]*torch.cuda.is_available(), help="of the haystack that is read")
+    tokens = [1024, 4096, 16384] + [53_000]*ON_GPU
+    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of the haystack that is read")
     parser.add_argument("--quick", action="store_true", help="one step of each at 512 tokens; nothing is written")
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -101,7 +133,9 @@ def main():
     for tokens in [512] if args.quick else args.tokens:
         rows += measure(tokens, 1 if args.quick else 5 if tokens < 10_000 else 2)
         print(table(rows), flush=True)
-    if not args.quick: write("bench_step" + "_gpu"*torch.cuda.is_available(), rows, layers=DEPTH, models="Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair")
+    if not args.quick:
+        models = "Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair"
+        write("bench_step" + "_gpu"*ON_GPU, rows, layers=DEPTH, models=models)
 
 
 if __name__ == "__main__": main()
