@@ -1,5 +1,7 @@
-"""One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL, beside the floor that no method can beat."""
+"""One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL,
+beside the floor that no method can beat."""
 import argparse
+import functools
 import tempfile
 import warnings
 
@@ -9,19 +11,21 @@ from transformers.utils import logging
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import picture_haystack
-from laid_nb.losses import supervised_rows
 from laid_nb.inputs import HaystackCollator, image_inputs, precompute, read_positions
+from laid_nb.losses import supervised_rows
+from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer
 from measure import peak_bytes, seconds, table, write
 
-METHODS = {"SFT": dict(method="sft"), "SFT + KL": dict(method="kd"), "LAid": dict(method="laid"), "LAid+": dict(method="laid+", ramp=0.0)}
-DEPTH = {"teacher": 16, "student": 12}  # the widths are the embedded pair's; a step of so few layers as theirs would overstate what is done once
+METHODS = {"SFT": "sft", "SFT + KL": "kd", "LAid": "laid", "LAid+": "laid+"}
+DEPTH = {"teacher": 16, "student": 12}  # the embedded pair's few layers would overstate what is done once
 
 
 def model(
     name: str,  # "teacher" or "student"
     processor,
 ) -> Qwen2_5_VLForConditionalGeneration:  # random weights
+    "A model of the pair's widths, as deep as DEPTH says."
     config = anchor_config(name, processor.tokenizer).to_dict()
     config["text_config"] |= dict(num_hidden_layers=DEPTH[name], layer_types=None)
     torch.manual_seed(0)
@@ -36,22 +40,27 @@ def sample(
     "An encoded haystack of 12 questions, its images as both frozen towers see them."
     collate, per_image = HaystackCollator(processor, size=168), 38  # 36 merged patches and two delimiters
     images = max(12, round((tokens - 300)/per_image))
-    return precompute([picture_haystack(0, images, 12, "train")], collate, pair["student"], pair["teacher"], progress=False)[0]
+    haystack = picture_haystack(0, images, 12, "train")
+    return precompute([haystack], collate, pair["student"], pair["teacher"], progress=False)[0]
 
 
 def floor(
     pair: dict,  # name -> model
     batch: dict,  # on the device
-):
+):  # -> function without arguments
     "Teacher forward, student forward and backward: stock models, cross-entropy alone."
+    teacher, student = pair["teacher"], pair["student"]
     rows, answers = supervised_rows(batch["labels"])
-    how = dict(position_ids=read_positions(pair["student"], batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
+    how = dict(position_ids=read_positions(student, batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
+    half = torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available())
+
     def run():
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available()):
-            with torch.no_grad(): pair["teacher"](**image_inputs(pair["teacher"], batch, "teacher"), **how)
-            logits = pair["student"](**image_inputs(pair["student"], batch, "student"), **how).logits
+        with half:
+            with torch.no_grad():
+                teacher(**image_inputs(teacher, batch, "teacher"), **how)
+            logits = student(**image_inputs(student, batch, "student"), **how).logits
             torch.nn.functional.cross_entropy(logits[0].float(), answers).backward()
-        pair["student"].zero_grad()
+        student.zero_grad()
     return run
 
 
@@ -59,49 +68,76 @@ def step(
     trainer: LaidTrainer,
     batch: dict,  # from the collator
 ):
+    "A training step, without that of the optimiser."
+    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+        trainer.training_step(trainer.model, dict(batch))
+    trainer.model.zero_grad()
+    for part in trainer.parts:
+        for p in part.parameters():
+            p.grad = None
+
+
+def made(
+    method: str,
+    pool: list[dict],  # from `precompute`
+    processor,
+    teacher,  # a transformers model
+) -> LaidTrainer:  # ready for its first step
+    "A trainer of one method."
+    gpu = torch.cuda.is_available()
+    config = LaidConfig(tempfile.mkdtemp(), method=method, use_cpu=not gpu, bf16=gpu, report_to="none",
+                        disable_tqdm=True, save_strategy="no")
+    full = WindowSimulation(ramp=0.0)  # every term at full weight from the start
+    trainer = LaidTrainer(model("student", processor), config, pool, processor, teacher=teacher, simulation=full)
+    trainer.model.train()
+    trainer.start()
     trainer.current_gradient_accumulation_steps = 1  # which `train` would set
-    def run():
-        with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16): trainer.training_step(trainer.model, dict(batch))
-        trainer.model.zero_grad()
-        for p in trainer.extra_parameters(): p.grad = None
-    return run
+    return trainer
 
 
 def measure(
     tokens: int,
     repeat: int,  # timed steps of each method
 ) -> list[dict]:  # a row a method
-    processor = build_processor()
-    pair = {name: model(name, processor).to("cuda" if torch.cuda.is_available() else "cpu") for name in DEPTH}
-    pool = [sample(tokens, processor, pair)]
-    calls = {}
-    for name, settings in METHODS.items():
-        config = LaidConfig(tempfile.mkdtemp(), use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), report_to="none", disable_tqdm=True, save_strategy="no", init_haystacks=1, **settings)
-        student = model("student", processor)
-        trainer = LaidTrainer(student, config, pool, processor, teacher=pair["teacher"])
-        trainer.model.train()
-        if trainer.mixing is not None: trainer.start_mixing()
+    processor, device = build_processor(), "cuda" if torch.cuda.is_available() else "cpu"
+    pair = {name: model(name, processor).to(device) for name in DEPTH}
+    pool, calls = [sample(tokens, processor, pair)], {}
+    for name, method in METHODS.items():
+        trainer = made(method, pool, processor, pair["teacher"])
         batch = trainer.data_collator(pool)
-        calls[name] = step(trainer, batch)
+        calls[name] = functools.partial(step, trainer, batch)
     pair["student"].get_encoder(modality="image").requires_grad_(False)
-    calls["floor"] = floor(pair, {k: v.to(config.device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    calls["floor"] = floor(pair, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
     time, memory = seconds(calls, repeat), {name: peak_bytes(call) for name, call in calls.items()}
-    return [dict(tokens=batch["input_ids"].shape[1], method=name, seconds=time[name], **{"time / SFT + KL": time[name]/time["SFT + KL"]}, MB=memory[name]/1e6,
-                 **{"memory / SFT + KL": memory[name]/memory["SFT + KL"]}) for name in calls]
+    against = "SFT + KL"
+    return [{
+        "tokens": batch["input_ids"].shape[1],
+        "method": name,
+        "seconds": time[name],
+        f"time / {against}": time[name]/time[against],
+        "MB": memory[name]/1e6,
+        f"memory / {against}": memory[name]/memory[against],
+    } for name in calls]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096, 16384] + [53_000]*torch.cuda.is_available(), help="of the haystack that is read")
+    sizes = [1024, 4096, 16384] + [53_000]*torch.cuda.is_available()
+    parser.add_argument("--tokens", type=int, nargs="+", default=sizes, help="of the haystack that is read")
     parser.add_argument("--quick", action="store_true", help="one step of each at 512 tokens; nothing is written")
     args = parser.parse_args()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     rows = []
     for tokens in [512] if args.quick else args.tokens:
-        rows += measure(tokens, 1 if args.quick else 5 if tokens < 10_000 else 2)
+        repeat = 5 if tokens < 10_000 else 2
+        rows += measure(tokens, 1 if args.quick else repeat)
         print(table(rows), flush=True)
-    if not args.quick: write("bench_step" + "_gpu"*torch.cuda.is_available(), rows, layers=DEPTH, models="Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair")
+    if args.quick: return
+    name = "bench_step_gpu" if torch.cuda.is_available() else "bench_step"
+    models = "Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair"
+    write(name, rows, layers=DEPTH, models=models)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
