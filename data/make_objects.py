@@ -3,8 +3,11 @@
     npm pack @lobehub/fluent-emoji-3d@1.1.0 && tar xzf lobehub-fluent-emoji-3d-1.1.0.tgz
     python data/make_objects.py package/assets coco_fluent_emoji.json
 """
-import csv, json, sys
+import csv
+import json
+import sys
 from pathlib import Path
+
 from PIL import Image
 
 SIZE = 64

@@ -1,7 +1,6 @@
 "Training-free baselines against definitions written out pair by pair, other configs and whole attention matrices."
 import copy
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +11,19 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config, build_processor
@@ -22,9 +32,8 @@ from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
 from laid_nb.rope import RopeSpec
-from laid_nb.inputs import HaystackCollator, image_inputs, precompute_prompts, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
@@ -217,7 +226,9 @@ def sample(S_q=14, S_k=14, seed=0):
     q, k, v = (torch.randn(2, heads, tokens, 16, generator=g, dtype=torch.float64) for heads, tokens in ((4, S_q), (2, S_k), (2, S_k)))
     t = torch.tensor([0, 1, 2, 2, 2, 2, 4, 9, 9, 9, 9, 11, 30, 31])
     y, x = t.clone(), t.clone()
-    for first in (2, 7): y[first:first + 4] += torch.tensor([0, 0, 1, 1]); x[first:first + 4] += torch.tensor([0, 1, 0, 1])
+    for first in (2, 7):
+        y[first:first + 4] += torch.tensor([0, 0, 1, 1])
+        x[first:first + 4] += torch.tensor([0, 1, 0, 1])
     positions = torch.stack([t, y, x])[:, None].expand(3, 2, -1).clone()
     positions[:, 1] += 3  # the samples of a batch need not agree
     return q, k, v, positions
