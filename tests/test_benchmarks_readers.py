@@ -1,12 +1,15 @@
 "Benchmarks: rows of the table, and their readers."
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 
-from laid_nb.benchmarks import BENCHMARKS, read_choices, read_haystacks
-from laid_nb.haystack import Question, picture_haystack
+from laid_nb.accuracy import by_size
+from laid_nb.benchmarks import BENCHMARKS, choice_haystack, export_choices, read_choices, read_haystacks
+from laid_nb.evaluate import evaluate
+from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.vhs import export_vhs, read_vhs
 
 ENTRY = {"images": ["a.png", "b/c.png"], "question": "What is there?", "choices": ["a cup", "a tie", "a bus"],
@@ -113,3 +116,94 @@ def test_a_bad_entry_is_named(root, write, change, error, parts):
 def test_a_bad_file_is_named(root, write, entries, parts):
     path = write(*entries)
     with refused(ValueError, path, *parts): read_choices(path, root)
+
+
+# letters
+
+def test_letters_list_the_choices(root, write):
+    h, = BENCHMARKS["letters"].read(write(ENTRY), root)
+    words = "What is there?\nA. a cup\nB. a tie\nC. a bus"
+    assert h.questions[0] == Question("", "", "choice", "B", (1,), words, ("A", "B", "C"))
+    yes_no, = BENCHMARKS["letters"].read(write(ENTRY | {"choices": ["Yes", "No"]}), root)
+    assert yes_no.questions[0].reply == "B" and yes_no.questions[0].text.endswith("\nA. Yes\nB. No")
+
+
+def test_there_are_26_letters(root, write):
+    many = [f"{i} cups" for i in range(27)]
+    read = BENCHMARKS["letters"].read
+    assert read(write(ENTRY | {"choices": many[:26], "answer": "Z"}), root)[0].questions[0].answer == "Z"
+    with refused(ValueError, "file.json", "26"): read(write(ENTRY | {"choices": many, "answer": "A"}), root)
+
+
+# drawn, written and read
+
+@pytest.mark.parametrize("n, n_choices", [(6, 4), (20, 4), (20, 2), (20, 30)])
+def test_choices_are_what_needles_show(n, n_choices):
+    made = [choice_haystack(picture_haystack(s, n), n_choices) for s in range(3)]
+    assert made == [choice_haystack(picture_haystack(s, n), n_choices) for s in range(3)]
+    for s, h in enumerate(made):
+        beside = {q.anchor: set(h.images[q.needles[0]].objects) - {q.anchor} for q in h.questions}
+        assert h.images == picture_haystack(s, n).images and len(beside) == len(h.questions)
+        for q in h.questions:
+            shown = [set(c[2:].split(" and a ")) for c in q.choices]
+            assert set(q.reply[2:].split(" and a ")) == beside[q.anchor] and len(shown) == min(n_choices, len(beside))
+            assert all(list(beside.values()).count(c) == 1 for c in shown)
+
+
+def test_the_place_of_the_right_choice_is_random():
+    places = [q.choices.index(q.answer) for s in range(60) for q in choice_haystack(picture_haystack(s, 20)).questions]
+    for i in range(4): assert abs(places.count(i)/len(places) - .25) < 4*(.25*.75/len(places))**.5
+
+
+@pytest.mark.parametrize("stack", [
+    picture_haystack(0, 4), picture_haystack(0, 20, 1), picture_haystack(0, 20, kind="multi")])
+def test_nothing_to_choose_from(stack):
+    with refused(ValueError, stack.id, "at least 5 images and 2 needles"): choice_haystack(stack)
+
+
+def test_export_and_back(tmp_path):
+    made = [choice_haystack(picture_haystack(s, 6, split="test")) for s in range(2)] + [picture_haystack(0, 2, 2)]
+    folder = export_choices(made, tmp_path/"deep"/"out", size=28)
+    assert sorted(p.name for p in folder.iterdir()) == ["choices.json", "images"]
+    back = read_choices(folder/"choices.json", folder/"images")
+    for b, h in zip(back, made, strict=True):
+        assert [(q.text, q.reply, q.choices, q.needles) for q in b.questions] == [
+            (q.text, q.reply, q.choices, q.needles) for q in h.questions]
+        assert all(b.image(i).tobytes() == h.image(i, 28).tobytes() for i in range(len(h.images)))
+    assert [q.answer for q in back[2].questions] == [q.answer for q in made[2].questions]
+
+
+SCENES = (Scene(("dog",), 0),)
+LISTED = Question("dog", "", "list", "a cup", (0,))
+UNKNOWN = Question("dog", "cup", "single", None, (0,))
+
+@pytest.mark.parametrize("stacks, part", [
+    ([], "no haystacks"), ([picture_haystack(0, 2)]*2, "same id"), ([Haystack(SCENES, (), "a")], "0 questions"),
+    ([Haystack(SCENES, (LISTED,), "../a")], "'../a'"), ([Haystack(SCENES, (LISTED,), "a")], "by one of its choices"),
+    ([Haystack(SCENES, (UNKNOWN,), "a")], "by one of its choices")])
+def test_unfit_haystacks_are_not_exported(tmp_path, stacks, part):
+    with refused(ValueError, part): export_choices(stacks, tmp_path/"out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_export_is_all_or_nothing(tmp_path, root):
+    bad = Haystack((root/"gone.png",), (replace(UNKNOWN, answer=True),), "bad")
+    before = sorted(tmp_path.rglob("*"))
+    with refused(FileNotFoundError, "gone.png"): export_choices([picture_haystack(0, 2), bad], tmp_path/"out")
+    assert sorted(tmp_path.rglob("*")) == before
+    with refused(ValueError, root, "exists"): export_choices([picture_haystack(0, 2)], root)
+
+
+def test_the_pair_is_asked_as_vhs_is(tmp_path):
+    "A file, a row of the table, and what any benchmark goes through: nothing else knows of choices."
+    from laid_nb.store import load_model
+    model, processor = load_model("student")
+    folder = export_choices([choice_haystack(picture_haystack(s, 10, split="test")) for s in range(3)], tmp_path/"out")
+    accuracy = {}
+    for name in ("choices", "letters"):
+        stacks = read_haystacks([folder/"choices.json"], folder/"images", name)
+        records = evaluate(model, processor, stacks, prompt=BENCHMARKS[name].prompt, progress=False)
+        assert len(records) == sum(len(h.questions) for h in stacks) and {r["size"] for r in records} == {10}
+        assert by_size(records).chance == .25
+        accuracy[name] = by_size(records).accuracy[0]
+    assert accuracy["choices"] > .6 > accuracy["letters"]  # in its training, it was never asked for letters
