@@ -2,10 +2,10 @@
 import argparse
 
 import torch
-from measure import peak_bytes, seconds, table, write
 
 from laid_nb.losses import attention_match_loss
 from laid_nb.mixing import repeat_kv
+from measure import peak_bytes, seconds, table, write
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("--quick", action="store_true", help="512 and 1,024 tokens, one round")

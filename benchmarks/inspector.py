@@ -4,10 +4,10 @@ import statistics
 import time
 
 import torch
-from measure import table, write
 
 from laid_nb.inspector import HeadInspector, HeadSpectra
 from laid_nb.rope import RopeSpec
+from measure import table, write
 
 
 def made(name, layers, heads, kv_heads, distances, frequencies=100):

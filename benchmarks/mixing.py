@@ -4,10 +4,10 @@ Heads of Qwen2.5-VL 32B (40 queries, 8 keys, head_dim 128) for a student of 7B (
 import argparse
 
 import torch
-from measure import peak_bytes, seconds, table, write
 
 from laid_nb.mixing import FORMS, GramStats, HeadMixing, from_bands, to_bands
 from laid_nb.rope import RopeSpec
+from measure import peak_bytes, seconds, table, write
 
 TEACHER, STUDENT, DIM = (40, 8), (28, 4), 128
 SPEC = RopeSpec(1e6**-(torch.arange(0, DIM, 2)/DIM), torch.tensor([0]*16 + [1]*24 + [2]*24), DIM)

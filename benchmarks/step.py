@@ -9,8 +9,8 @@ from transformers.utils import logging
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import picture_haystack
-from laid_nb.losses import supervised_rows
 from laid_nb.inputs import HaystackCollator, image_inputs, precompute, read_positions
+from laid_nb.losses import supervised_rows
 from laid_nb.train import LaidConfig, LaidTrainer
 from measure import peak_bytes, seconds, table, write
 

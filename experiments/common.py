@@ -1,7 +1,7 @@
 """What the experiments share: the protocol, trainings that resume, pictures seen once, and a labelled result file.
 
-A training is named by its settings, kept in WORK and never made twice: an experiment that was stopped goes on where it was,
-and one that needs the trainings of another finds them."""
+A training is named by its settings, kept in WORK and never made twice: an experiment that was stopped goes on where it
+was, and one that needs the trainings of another finds them."""
 import functools
 import hashlib
 import json
@@ -10,7 +10,6 @@ import os
 import random
 import shlex
 import sys
-import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
@@ -21,19 +20,28 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import PrinterCallback
 
-from laid_nb.haystack import drawn_test, drawn_training
-from laid_nb.store import atomic_write, cores, hardware, load_model, prepare_process, slug, versions, write_json
 from laid_nb.evaluate import evaluate
-from laid_nb.haystack import Haystack
-from laid_nb.recompose import unlabelled
+from laid_nb.haystack import Haystack, drawn_test, drawn_training
 from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
-from laid_nb.train import LaidConfig, LaidTrainer
+from laid_nb.parts import StreamPart
+from laid_nb.recompose import unlabelled
+from laid_nb.store import (
+    atomic_write,
+    cores,
+    hardware,
+    load_model,
+    prepare_process,
+    read_json,
+    slug,
+    versions,
+    write_json,
+)
+from laid_nb.train import LaidTrainer, quiet_training
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT/"data"/"results"
-WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, records and caches: git does not see them
+WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, records and caches, unseen by git
 SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
@@ -43,13 +51,22 @@ SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulat
 def log(*what): print(time.strftime("%H:%M:%S"), *what, flush=True)
 
 
+def command() -> str:
+    "What was typed."
+    return shlex.join(["python", "experiments/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def now() -> str: return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def write(
     name: str,  # of the result: data/results/NAME.json
     data: dict,  # what json can write
     start: float,  # time.time() when the work began
 ):
     "A result, with the command, versions, hardware and time that made it."
-    made = dict(command=shlex.join(["python", "experiments/" + Path(sys.argv[0]).name, *sys.argv[1:]]), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), seconds=round(time.time() - start), versions=versions(), hardware=hardware())
+    made = dict(command=command(), finished=now(), seconds=round(time.time() - start), versions=versions(),
+                hardware=hardware())
     path = RESULTS/f"{name}.json"
     write_json(path, {"made": made} | data)
     log("written:", path.relative_to(ROOT))
@@ -60,7 +77,7 @@ class Run:
     "A training of the embedded student. Everything that its result depends on stands here."
     name: str  # as in tables
     seed: int = 0  # of the training: haystacks, order, window simulation, first mixing weights
-    settings: dict = field(default_factory=dict)  # of LaidConfig
+    settings: dict = field(default_factory=dict)  # of LaidConfig and WindowSimulation
     haystacks: int = 417  # of 12 questions each: about 5,000 questions, as in the paper
     images: tuple = (1, 20)  # smallest and largest training haystack
     steps: int = 520  # of 8 haystacks: 10 epochs, as in the paper
@@ -71,7 +88,8 @@ class Run:
     @property
     def id(self) -> str:
         what = {k: v for k, v in asdict(self).items() if k != "name"}
-        return f"{slug(self.settings['method'])}-{hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]}"
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+        return f"{slug(self.settings['method'])}-{digest[:8]}"
 
     @property
     def folder(self) -> Path: return WORK/"models"/self.id
@@ -100,22 +118,45 @@ def pair() -> dict:
 def pool(seed, number, images, kind, flipped, labels) -> list[dict]:
     "Training haystacks as tensors."
     haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
-    if not labels: haystacks = unlabelled(haystacks)
-    return precompute(haystacks, HaystackCollator(pair()["processor"]), pair()["student"], pair()["teacher"], progress=False)
+    if not labels:
+        haystacks = unlabelled(haystacks)
+    collate = HaystackCollator(pair()["processor"])
+    return precompute(haystacks, collate, pair()["student"], pair()["teacher"], progress=False)
+
+
+def pool_of(run: Run) -> list[dict]:
+    "The training haystacks of a run."
+    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels)
 
 
 class ReadOnce(LaidTrainer):
-    "A trainer that keeps what the teacher says of a batch on disk: methods that read the same batches in the same way share it."
+    """A trainer that keeps what the teacher says of a batch on disk: methods that read the same batches in the same way
+    share it."""
     def read_teacher(self, inputs, how, bias, rows):
         what = [inputs["input_ids"], inputs["teacher_features"], how["position_ids"], rows, *(bias or ())]
-        key = hashlib.blake2b(b"".join(x.contiguous().cpu().numpy().tobytes() for x in what), digest_size=16).hexdigest()
-        layers = sorted({t for _, t in self.specs})
-        path = WORK/"teacher"/f"{key}-{'-'.join(map(str, layers))}{'-hidden'*(self.projections is not None)}.safetensors"
-        known = path if path.exists() or layers else next(path.parent.glob(f"{key}-*"), path)  # logits alone: any file of the batch holds them
+        known = self.kept(b"".join(x.contiguous().cpu().numpy().tobytes() for x in what))
         if known.exists(): return {k: v.to(self.args.device) for k, v in load_file(known).items()}
         said = super().read_teacher(inputs, how, bias, rows)
-        with atomic_write(path) as part: save_file({k: v.contiguous() for k, v in said.items()}, part)
+        with atomic_write(known) as part:
+            save_file({k: v.contiguous() for k, v in said.items()}, part)
         return said
+
+    def kept(
+        self,
+        what: bytes,  # all that the teacher's answer depends on
+    ) -> Path:
+        "The file of a batch: named by the layers that are compared; logits alone stand in any file of the batch."
+        key = hashlib.blake2b(what, digest_size=16).hexdigest()
+        layers = sorted({t for part in self.parts for _, t in part.pairs})
+        path = WORK/"teacher"/f"{key}-{'-'.join(map(str, layers))}{'-hidden'*bool(self.part(StreamPart))}.safetensors"
+        return path if path.exists() or layers else next(path.parent.glob(f"{key}-*"), path)
+
+
+def settings_of(run: Run) -> dict:
+    "All that `quiet_training` is told: the steps, batches and rates of the table, and what the run changes."
+    usual = dict(max_steps=run.steps, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=2e-3,
+                 mixing_learning_rate=5e-3, seed=run.seed, use_cpu=pair()["device"] == "cpu", logging_steps=20)
+    return usual | run.settings
 
 
 def train(
@@ -125,35 +166,40 @@ def train(
     if run.folder.exists(): return run.folder
     student, _ = load_model("student", torch.float32)
     start, processor = time.time(), pair()["processor"]
-    with tempfile.TemporaryDirectory() as scratch:
-        config = LaidConfig(scratch, **dict(max_steps=run.steps, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=2e-3, mixing_learning_rate=5e-3, seed=run.seed, use_cpu=pair()["device"] == "cpu",
-                                            save_strategy="no", report_to="none", logging_steps=20, disable_tqdm=True) | run.settings)
-        trainer = ReadOnce(student, config, pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels), processor, teacher=pair()["teacher"])
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    trained = quiet_training(student, processor, pool_of(run), pair()["teacher"], trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
         student.save_pretrained(part)
         processor.save_pretrained(part)
-        write_json(part/"run.json", dict(run=asdict(run), seconds=round(time.time() - start), log=trainer.state.log_history))
+        seconds = round(time.time() - start)
+        write_json(part/"run.json", dict(run=asdict(run), seconds=seconds, log=trained.state.log_history))
     return run.folder
 
 
 def finished(rows: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    "The trainings that are there; rows without any are left out. For `--done`, which writes what has been made so far and trains nothing."
-    return {name: there for name, runs in rows.items() if (there := [r for r in runs if r.folder.exists()])}
+    """The trainings that are there; rows without any are left out. For `--done`, which writes what has been made so far
+    and trains nothing."""
+    there = {name: [r for r in runs if r.folder.exists()] for name, runs in rows.items()}
+    return {name: runs for name, runs in there.items() if runs}
+
+
+def finished_points(points: dict) -> dict:
+    "The same of point -> name -> one training."
+    there = {point: {name: r for name, r in runs.items() if r.folder.exists()} for point, runs in points.items()}
+    return {point: runs for point, runs in there.items() if runs}
 
 
 def spent(runs: list[Run]) -> int:
     "Seconds that the trainings took, each on its own thread, whenever they were made."
-    return sum(json.loads((r.folder/"run.json").read_text())["seconds"] for r in {r.id: r for r in runs}.values())
+    return sum(read_json(r.folder/"run.json")["seconds"] for r in {r.id: r for r in runs}.values())
 
 
 def load(
     name,  # "teacher", "student", a Run, a folder, or a row of reproduce.json: its first training
 ):  # -> (model, processor)
-    if isinstance(name, Run): name = name.folder
+    if isinstance(name, Run):
+        name = name.folder
     elif name not in ("teacher", "student") and not Path(name).is_dir():
-        rows = json.loads((RESULTS/"reproduce.json").read_text())["runs"]
+        rows = read_json(RESULTS/"reproduce.json")["runs"]
         if name not in rows: raise ValueError(f"no such model: {name}; give a folder, or one of {', '.join(rows)}")
         name = WORK/"models"/rows[name][0]
     return load_model(str(name))
@@ -177,13 +223,17 @@ def pictures(
     "What a vision tower makes of the test pictures, kept on disk."
     path = WORK/"seen"/f"{role}-{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}.safetensors"
     if not path.exists():
-        seen = precompute_prompts(pair()[role], pair()["processor"], tests(sizes, questions, split, seed), progress=False)
-        flat = {f"{h} {k}": v.contiguous() for h, inputs in seen.items() if h != "tower" for k, v in inputs.items()}
-        with atomic_write(path) as part: save_file(flat, part, {"tower": seen["tower"]})
+        haystacks = tests(sizes, questions, split, seed)
+        made = precompute_prompts(pair()[role], pair()["processor"], haystacks, progress=False)
+        flat = {f"{h} {k}": v.contiguous() for h, inputs in made.items() if h != "tower" for k, v in inputs.items()}
+        with atomic_write(path) as part:
+            save_file(flat, part, {"tower": made["tower"]})
     with safe_open(path, "pt") as f:
-        seen = {"tower": f.metadata()["tower"]}
-        for name in f.keys(): seen.setdefault(name.split(" ")[0], {})[name.split(" ")[1]] = f.get_tensor(name)
-    return seen
+        found = {"tower": f.metadata()["tower"]}
+        for name in f.keys():
+            haystack, field = name.split(" ")
+            found.setdefault(haystack, {})[field] = f.get_tensor(name)
+    return found
 
 
 def answers(
@@ -197,15 +247,22 @@ def answers(
     if not path.exists():
         model, processor = load(name)
         model, haystacks = model.to(pair()["device"]), tests(sizes, questions, split, seed)
-        if ask_with: records = ask_with[1](model, processor, haystacks, None)
-        else: records = evaluate(model, processor, haystacks, batch=12, progress=False, features=pictures("teacher" if name == "teacher" else "student", sizes, questions, split, seed))
+        role = "teacher" if name == "teacher" else "student"
+        if ask_with:
+            records = ask_with[1](model, processor, haystacks, None)
+        else:
+            features = pictures(role, sizes, questions, split, seed)
+            records = evaluate(model, processor, haystacks, batch=12, progress=False, features=features)
         found = {}
-        for r in records: found[r["size"]] = found.get(r["size"], "") + str(int(r["correct"]))
+        for r in records:
+            found[r["size"]] = found.get(r["size"], "") + str(int(r["correct"]))
         write_json(path, found)
-    return {int(size): text for size, text in json.loads(path.read_text()).items()}
+    return {int(size): text for size, text in read_json(path).items()}
 
 
-def shares(found: dict[int, str]) -> dict[int, float]: "Accuracy by size."; return {size: text.count("1")/len(text) for size, text in found.items()}
+def shares(found: dict[int, str]) -> dict[int, float]:
+    "Accuracy by size."
+    return {size: text.count("1")/len(text) for size, text in found.items()}
 
 
 def _work(run, how):
@@ -218,12 +275,14 @@ def do_all(
     sizes: tuple = SIZES, questions: int = QUESTIONS, split: str = "test", seed: int = 1,  # of `tests`
 ):
     "Train and measure; on a CPU as many at a time as there are cores, one thread each, on a GPU one at a time."
-    how, runs, start = dict(sizes=sizes, questions=questions, split=split, seed=seed), list({r.id: r for r in runs}.values()), time.time()
+    how, start = dict(sizes=sizes, questions=questions, split=split, seed=seed), time.time()
+    runs = list({r.id: r for r in runs}.values())
     pictures("student", **how)  # before the workers start, as all of them read the file
     workers = 1 if torch.cuda.is_available() else min(cores(), len(runs))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores()//workers))
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
         jobs = {executor.submit(_work, run, how): run for run in runs}
         for i, job in enumerate(as_completed(jobs), 1):
-            run = jobs[job]
-            log(f"{i}/{len(runs)}, {(time.time() - start)/60:.0f} min: {run.name}, seed {run.seed}:", " ".join(f"{s}:{100*a:.0f}" for s, a in job.result().items()))
+            run, minutes = jobs[job], (time.time() - start)/60
+            told = " ".join(f"{s}:{100*a:.0f}" for s, a in job.result().items())
+            log(f"{i}/{len(runs)}, {minutes:.0f} min: {run.name}, seed {run.seed}:", told)

@@ -9,14 +9,13 @@ from transformers.cache_utils import DynamicCache
 import common
 from laid_nb.anchors import SYSTEM, patchify
 from laid_nb.evaluate import PrefixCache
-from laid_nb.haystack import haystack_fingerprint
-from laid_nb.store import tower_fingerprint
-from laid_nb.haystack import render
+from laid_nb.haystack import haystack_fingerprint, render
+from laid_nb.store import prepare_process, tower_fingerprint
 
 
 def load_all(named):
     "The embedded pair, and students given as `name=folder`, or as a row of reproduce.json -> name -> (model, processor)."
-    common.prepare()
+    prepare_process()
     parts = [(name, folder or name) for name, _, folder in (n.partition("=") for n in ("student", "teacher", *named))]
     return {name: common.load(folder) for name, folder in parts}
 

@@ -1,20 +1,21 @@
-"""What the heads do before and after training: attention on the needle by haystack size (the paper's Figure 4), response by distance, leakage, near and far.
+"""What the heads do before and after training: attention on the needle by haystack size (the paper's Figure 4),
+response by distance, leakage, near and far.
 
 Drawn haystacks of each size, every question asked alone. Writes data/results/heads.json."""
-import argparse
 import time
 
 import torch
 
-from asking import MODELS, PAIR, prompts, read
-from common import load, log, tests, write
+from asking import given_models, model_arguments, prompts, read
+from common import log, tests, write
 from laid_nb.align import needle_attention
 from laid_nb.rope import leakage, rope_spec
 from laid_nb.spectra import HeadStats, in_bins, key_activation, local_global, log_edges
 
 SIZES = (1, 5, 20, 50, 100, 150)
 LONG = [n for n in SIZES if n >= 20]  # where distance is looked at
-NEAR, FAR, WINDOW = 16, 128, 128  # tokens: local is nearer, global from there on; distances whose leakage is taken, as many as 20 images have
+NEAR, FAR = 16, 128  # tokens: local is nearer, global from there on
+WINDOW = 128  # distances, in tokens, whose leakage is taken: as many as 20 images have
 SLOW = 300  # positions: a slow band takes more for a turn
 
 
@@ -27,7 +28,9 @@ def on_needle(
         sees = ((reading.turn < 0) | (reading.turn == n)).nonzero()[:, 0]
         needle, rows = (reading.image[sees] == image)[None], (reading.turn[sees] == n)[None]
         qk = [(cache["q", l][:, :, sees], cache["k", l][:, :, sees], cache.scaling[l]) for l in cache.layers]
-        found.append(torch.stack([torch.stack([key_activation(q, k, needle, rows, scaling=s)[0] for q, k, s in qk]), torch.stack([needle_attention(q, k, rows, needle, None, s) for q, k, s in qk])]))
+        largest = torch.stack([key_activation(q, k, needle, rows, scaling=s)[0] for q, k, s in qk])
+        mean = torch.stack([needle_attention(q, k, rows, needle, None, s) for q, k, s in qk])
+        found.append(torch.stack([largest, mean]))
     return torch.stack(found, -1)
 
 
@@ -41,8 +44,28 @@ def by_distance(
     near, far = local_global(torch.stack([a.mass for a in attention]), NEAR, FAR)
     leak = leakage(response[..., :WINDOW].double(), spec.inv_freq*per_token)
     slow = torch.stack([s.energy("k", True) for s in stats])[..., spec.wavelength > SLOW].sum(-1)
-    return {"local": near, "global": far} | dict(sink=torch.stack([a.sink for a in attention]), entropy=torch.stack([a.entropy for a in attention]),
-                leakage=leak, spread=response.std(-1), slow_keys=slow)
+    sink, entropy = (torch.stack([getattr(a, what) for a in attention]) for what in ("sink", "entropy"))
+    return {"local": near, "global": far} | dict(
+        sink=sink, entropy=entropy, leakage=leak, spread=response.std(-1), slow_keys=slow)
+
+
+def measure_size(
+    model,
+    processor,
+    asked: list,  # prompts of one size
+    stats: list,  # a HeadStats a layer, updated where distance is looked at
+) -> torch.Tensor:  # [2, layers, heads] means over questions, of `on_needle`
+    "What the heads give to the needle; what they are like by distance goes into `stats`."
+    needle, size = [], len(asked[0].features)
+    for p in asked:
+        reading = read(model, processor, p, torch.arange(size), torch.arange(size)*p.step, size*p.step)
+        needle.append(on_needle(reading))
+        if size not in LONG: continue
+        first = (reading.turn <= 0).nonzero()[:, 0]  # the prompt of the first question
+        for l, s in enumerate(stats):
+            q, k = reading.cache["q", l][:, :, first], reading.cache["k", l][:, :, first]
+            s.update(q, k, scaling=reading.cache.scaling[l])
+    return torch.cat(needle, -1).mean(-1)
 
 
 def measure(
@@ -55,41 +78,30 @@ def measure(
     short = lambda x: [[round(v, 4) for v in row] for row in x.tolist()]
     found = {"activation": {}, "needle_mean": {}}
     for size in SIZES:
-        of_size, needle, stats = [p for p in asked if len(p.features) == size], [], [HeadStats(spec) for _ in range(layers)]
-        for p in of_size:
-            reading = read(model, processor, p, torch.arange(size), torch.arange(size)*p.step, size*p.step)
-            needle.append(on_needle(reading))
-            if size not in LONG: continue
-            first = (reading.turn <= 0).nonzero()[:, 0]  # the prompt of the first question
-            for l, s in enumerate(stats):
-                q, k = reading.cache["q", l][:, :, first], reading.cache["k", l][:, :, first]
-                s.update(q, k, scaling=reading.cache.scaling[l])
-        for name, x in zip(found, torch.cat(needle, -1).mean(-1)): found[name][size] = short(x)
+        of_size, stats = [p for p in asked if len(p.features) == size], [HeadStats(spec) for _ in range(layers)]
+        for name, x in zip(("activation", "needle_mean"), measure_size(model, processor, of_size, stats)):
+            found[name][size] = short(x)
         if size in LONG:
-            for name, x in by_distance(stats, spec, of_size[0].step*size/(of_size[0].image >= 0).sum().item()).items(): found.setdefault(name, {})[size] = short(x)
+            per_token = of_size[0].step*size/(of_size[0].image >= 0).sum().item()
+            for name, x in by_distance(stats, spec, per_token).items():
+                found.setdefault(name, {})[size] = short(x)
     response = torch.stack([s.response for s in stats])  # of the largest size
     edges = log_edges(response.shape[-1], 2)
-    found["response"] = dict(edges=edges.tolist(), mean=[short(in_bins(x, edges)/edges.diff()) for x in response])
-    return found
+    mean = [short(in_bins(x, edges)/edges.diff()) for x in response]
+    return found | dict(response=dict(edges=edges.tolist(), mean=mean))
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", metavar="NAME[=FOLDER]", help="teacher, student, rows of reproduce.json, or names of your own for folders (default: the pair and all trained rows; with --quick the pair)")
-    parser.add_argument("--questions", type=int, default=240, help="at each size (default 240)")
-    parser.add_argument("--split", default="test")
-    parser.add_argument("--seed", type=int, default=6)
-    parser.add_argument("--quick", action="store_true", help="12 questions, nothing is written")
-    args, start, models, made = parser.parse_args(), time.time(), {}, {}
+    args, start, models, made = model_arguments(__doc__, 240, seed=6).parse_args(), time.time(), {}, {}
     haystacks = tests(SIZES, 12 if args.quick else args.questions, args.split, args.seed)
-    for item in args.models or (PAIR if args.quick else MODELS):
-        name, _, folder = item.partition("=")
-        model, processor = load(folder or name)
+    for name, model, processor in given_models(args):
         models[name] = measure(model, processor, prompts(model, processor, haystacks, made))
         best = [round(torch.tensor(models[name]["activation"][n]).max().item(), 2) for n in SIZES]
         log(f"{name}: key activation of the best head at {SIZES} images {best} ({time.time() - start:.0f} s)")
     if not args.quick:
-        write("heads", dict(seed=args.seed, split=args.split, sizes=SIZES, questions=args.questions, near=NEAR, far=FAR, window=WINDOW, slow=SLOW, models=models), start)
+        write("heads", dict(
+            seed=args.seed, split=args.split, sizes=SIZES, questions=args.questions, near=NEAR, far=FAR, window=WINDOW,
+            slow=SLOW, models=models), start)
 
 
 if __name__ == "__main__": main()

@@ -11,8 +11,8 @@ import torch
 
 import common
 from features import DISTILLED, embed, load_all, read, tails
-from laid_nb.capture import capture
 from laid_nb.accuracy import wilson
+from laid_nb.capture import capture
 from laid_nb.evaluate import answer_ids, continue_prefix
 
 CHUNK, KEEP, CROSS = 20, (1, 5, 10), 5  # images of a chunk; images read again; those where retrievers and readers are crossed

@@ -1,4 +1,5 @@
-"""Settings of the training-free baselines, chosen for the embedded student on the split `val`: data/results/training_free.json
+"""Settings of the training-free baselines, chosen for the embedded student on the split `val`:
+data/results/training_free.json
 
     python experiments/training_free.py [--quick]
 
@@ -6,10 +7,8 @@ Answers are kept in WORK: a search that was stopped goes on. --quick asks little
 import sys
 import time
 from functools import partial
-from pathlib import Path
 from statistics import fmean
 
-sys.path.insert(0, str(Path(__file__).parent))
 from common import answers, log, pictures, shares, write
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
@@ -17,8 +16,9 @@ from laid_nb.evaluate import evaluate
 from laid_nb.inputs import precompute_prompts
 
 NAMES = {"yarn": "YaRN", "self_extend": "SelfExtend", "log_n": "log n scaling", "sort": "attention sorting"}
+FACTORS = (1.25, 1.5, 2., 3., 4., 6., 8., 12., 16., 32., 64., 128., 256.)  # of YaRN
 TRIED = {  # mildest first, as the earlier one wins a tie
-    "yarn": [(factor, *original) for factor in (1.25, 1.5, 2., 3., 4., 6., 8., 12., 16., 32., 64., 128., 256.) for original in ((), (1_300,))],  # the pair was trained on 1,300 positions, its config says 32,768
+    "yarn": [(f, *original) for f in FACTORS for original in ((), (1_300,))],  # trained on 1,300; the config: 32,768
     "log_n": [(slope, start) for slope in (.1, .2, .4, .6, .8, 1.2) for start in (200, 100, 50, 25)],
     "sort": [(1,), (2,)],
     "self_extend": [(group, window) for group in (2, 8) for window in (256, 32)]}
@@ -28,43 +28,64 @@ SHORT = (1, 5, 10)  # images, where nothing should be lost; not chosen by
 
 def asked(method, values, model, processor, haystacks, path=None, features=None):
     "`evaluate_with`, each picture seen once."
-    if features is None: features = precompute_prompts(model, processor, haystacks, progress=False)
-    return evaluate_with(method, values, model, processor, haystacks, path, batch=12, progress=False, features=features)
+    if features is None:
+        features = precompute_prompts(model, processor, haystacks, progress=False)
+    return evaluate_with(
+        method, values, model, processor, haystacks, path, batch=12, progress=False, features=features)
 
 
 def sharpened(factor, model, processor, haystacks, path=None, features=None):
+    "All logits times one number."
     gain = {layer: lambda query: factor*query for layer in range(model.config.get_text_config().num_hidden_layers)}
-    with capture(model, [], gain=gain): return evaluate(model, processor, haystacks, path, batch=12, progress=False, features=features)
+    with capture(model, [], gain=gain):
+        return evaluate(model, processor, haystacks, path, batch=12, progress=False, features=features)
 
 
 def methods(
     chosen: dict,  # method -> values, as "chosen" in the result
 ) -> dict:  # name for tables -> function of (model, processor, haystacks, path=None, features=None), -> records
+    "Ways of asking."
     return {NAMES[method]: partial(asked, method, tuple(values)) for method, values in chosen.items()}
+
+
+def measure(
+    name: str,  # of the way of asking
+    way: tuple,  # (function, *its first arguments); empty: as it is
+    exam: tuple,  # (sizes, questions, split, seed)
+) -> dict:
+    "Accuracy of the student by size, and its mean."
+    how = (name, partial(*way, features=pictures("student", *exam))) if way else None
+    accuracy = shares(answers("student", *exam, ask_with=how))
+    told = " ".join(f"{s}:{100*a:.1f}" for s, a in accuracy.items())
+    log(name, told, f"mean {100*fmean(accuracy.values()):.1f}")
+    return dict(accuracy=accuracy, mean=fmean(accuracy.values()))
 
 
 def search(
     tried: dict = TRIED,  # method -> tuples of values
     sizes: tuple = (20, 50, 100, 150), questions: int = 240, split: str = "val", seed: int = 0,  # of the haystacks
-) -> dict:  # accuracies of the plain student, of a control and of every value of every method; of each method the value with the best mean over sizes
-    def measure(name, *way, sizes=sizes):
-        exam = (sizes, questions, split, seed)
-        accuracy = shares(answers("student", *exam, ask_with=(name, partial(*way, features=pictures("student", *exam))) if way else None))
-        log(name, " ".join(f"{s}:{100*a:.1f}" for s, a in accuracy.items()), f"mean {100*fmean(accuracy.values()):.1f}")
-        return dict(accuracy=accuracy, mean=fmean(accuracy.values()))
-    def both(name, *way): return measure(name, *way) | dict(short=measure(name, *way, sizes=SHORT)["accuracy"])
-    found = {method: [dict(values=list(values)) | measure(f"{method} {values}", asked, method, values) for values in grid] for method, grid in tried.items()}
+) -> dict:
+    """Accuracies of the plain student, of a control and of every value of every method; of each method the value with
+    the best mean over sizes."""
+    rest = questions, split, seed
+    def both(name, *way):
+        return measure(name, way, (sizes, *rest)) | dict(short=measure(name, way, (SHORT, *rest))["accuracy"])
+    def one(method, values):
+        return dict(values=list(values)) | measure(f"{method} {values}", (asked, method, values), (sizes, *rest))
+    found = {method: [one(method, values) for values in grid] for method, grid in tried.items()}
     chosen = {method: max(rows, key=lambda r: r["mean"])["values"] for method, rows in found.items()}
-    best = {method: both(f"{method} {tuple(values)}", asked, method, tuple(values)) for method, values in chosen.items()}
-    sharper = [dict(factor=factor) | both(f"logits times {factor}", sharpened, factor) for factor in SHARPER]
-    return dict(split=split, seed=seed, sizes=list(sizes), questions=questions, plain=both("plain"), tried=found, chosen=chosen, best=best, sharper=sharper)
+    best = {m: both(f"{m} {tuple(values)}", asked, m, tuple(values)) for m, values in chosen.items()}
+    sharper = [dict(factor=f) | both(f"logits times {f}", sharpened, f) for f in SHARPER]
+    return dict(split=split, seed=seed, sizes=list(sizes), questions=questions, plain=both("plain"), tried=found,
+                chosen=chosen, best=best, sharper=sharper)
 
 
 def main(quick=False):
     start = time.time()
     found = search({k: v[:2] for k, v in TRIED.items()}, questions=12) if quick else search()
     log("chosen", found["chosen"])
-    if not quick: write("training_free", found, start)
+    if not quick:
+        write("training_free", found, start)
 
 
 if __name__ == "__main__": main("--quick" in sys.argv)

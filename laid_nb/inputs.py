@@ -195,7 +195,7 @@ def encode(
     images = [part["image"] for part in chat[0]["content"] if part["type"] == "image"]
     first = processor.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
     inputs = _run_processor(processor, first, images)
-    shown = _images_end(processor, inputs["input_ids"]) + (family.end is not None)
+    shown = _images_end(processor, inputs["input_ids"]) + max(family.closing, family.end is not None)
     parts = _reply_parts(processor, haystack, turns, chat, answers)
     needles = [list(haystack.questions[t].needles) for t in turns]
     return add_replies(inputs, shown, parts, answers, family) | {"needles": needles}

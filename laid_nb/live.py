@@ -20,8 +20,7 @@ from transformers import TrainerCallback
 from .inspector import Inspector
 from .losses import TERMS
 from laid_nb.mixing_inspector import (
-    AFTER, BEFORE, MIXTURE, _PLAIN, MixingInspector, _allowed, _plot_energy, _plot_response, joined, kept_weights,
-    pair_specs, read_mixing
+    check_choice, join_views, kept_weights, pair_specs, plot_mixture_energy, plot_mixture_response, read_mixing
 )
 from .parts import GainPart, MixingPart
 from .patch import patch
@@ -62,16 +61,16 @@ class LiveView(Inspector, TrainerCallback):
         trainer.add_callback(self)
 
     @traitlets.validate("step")
-    def _valid_step(self, proposal): return _allowed("step", proposal["value"], self.steps)
+    def _valid_step(self, proposal): return check_choice("step", proposal["value"], self.steps)
 
     @traitlets.validate("pair")
-    def _valid_pair(self, proposal): return _allowed("pair", proposal["value"], self._pairs())
+    def _valid_pair(self, proposal): return check_choice("pair", proposal["value"], self._pairs())
 
     @traitlets.validate("which")
-    def _valid_which(self, proposal): return _allowed("which", proposal["value"], ["q", "k"])
+    def _valid_which(self, proposal): return check_choice("which", proposal["value"], ["q", "k"])
 
     @traitlets.validate("student_head")
-    def _valid_head(self, proposal): return _allowed("student_head", proposal["value"], list(range(self._rows())))
+    def _valid_head(self, proposal): return check_choice("student_head", proposal["value"], list(range(self._rows())))
 
     def draw(self) -> Figure: return plot_training(self.losses, self._view(), self.step, self.student_head)
 
@@ -118,7 +117,7 @@ def views(self: LiveView) -> list:
     "All that was measured, as `MixingView`s: for `MixingInspector`, `save_views`."
     if not self.history: return []
     each = range(len(self.history[self.steps[0]]))
-    return [joined([self.history[step][i] for step in self.steps]) for i in each]
+    return [join_views([self.history[step][i] for step in self.steps]) for i in each]
 
 @patch
 def _view(self: LiveView):
@@ -161,7 +160,7 @@ def _follow(self: LiveView):
         self.student_head = min(self.student_head, self._rows() - 1)
         self._offer(pairs)
         self.status.value = self._cost()
-        self._show()
+        self.show_picture()
     finally:
         self._busy = False
 
@@ -274,8 +273,8 @@ def _plot_losses(
         axes.plot(steps, [h.get(name, float("nan")) for h in losses], color=colour, label=name,
                   linewidth=2 if name == "loss" else 1.3, marker=".", markersize=4)
     axes.set(yscale="log", xlabel="step")
-    axes.yaxis.set_major_formatter(_PLAIN)
-    axes.yaxis.set_minor_formatter(_PLAIN)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.yaxis.set_minor_locator(NullLocator())
     axes.set_title("losses, unweighted" if losses else "nothing logged yet", fontsize=9, y=1, pad=4)
     if not losses:
@@ -322,12 +321,9 @@ def plot_training(
     weights, response, energy = (figure.add_axes((x, .1, .25, .35)) for x in (.07, .39, .72))
     _plot_moved(weights, view, head, step)
     time = view.steps.tolist().index(step)
-    own = [(0, BEFORE), (time, AFTER)][:2 if time else 1]
-    lines = [(view.mixture[time, head, -1], MIXTURE, "sum of teacher heads")]
-    lines += [(view.own[i, head, -1], colour, f"student, step {view.steps[i]}") for i, colour in own]
-    _plot_response(response, view, -1, lines)
-    bars = [(view.energy[time, head], MIXTURE, "")] + [(view.own_energy[i, head], colour, "") for i, colour in own]
-    _plot_energy(energy, view, -1, bars)
+    times = sorted({0, time})
+    plot_mixture_response(response, view, head, times)
+    plot_mixture_energy(energy, view, head, times)
     response.set(title=f"mean logit at step {step}", xlabel="distance in tokens, plus one")
     response.legend(fontsize=7, frameon=False, loc="upper right")
     share = view.explained[time, head]

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import one_hot, pad
 
+from .patch import patch
+
 # %% ../nbs/06_simulate.ipynb #check-spans
 def _check_spans(inside, opened, closed, image):
     "Refuses images that are cut, nested, or not within their delimiters; all [batch, tokens]."
@@ -175,40 +177,46 @@ class WindowSimulation:
         if not 0 <= self.ramp <= 1:
             raise ValueError(f"ramp must be a share of training between 0 and 1; got {self.ramp}")
 
-    def level(
-        self,
-        progress: float,  # share of training done, 0..1
-    ) -> float:  # 0..1
-        "How far the ramp has come."
-        if not 0 <= progress <= 1:
-            raise ValueError(f"progress must lie between 0 and 1; got {progress}")
-        return min(1.0, progress/self.ramp) if self.ramp else 1.0
+# %% ../nbs/06_simulate.ipynb #sim-limits
+@patch
+def level(
+    self: WindowSimulation,
+    progress: float,  # share of training done, 0..1
+) -> float:  # 0..1
+    "How far the ramp has come. ValueError for a progress outside 0..1."
+    if not 0 <= progress <= 1:
+        raise ValueError(f"progress must lie between 0 and 1; got {progress}")
+    return min(1.0, progress/self.ramp) if self.ramp else 1.0
 
-    def limits(
-        self,
-        progress: float,  # share of training done, 0..1
-    ) -> tuple:  # (largest total gap, largest multiplicity) at this point
-        "What the ramp allows so far."
-        level = self.level(progress)
-        return int(level*self.max_gap), 1 + level*(self.max_multiplicity - 1)
 
-    def sample(
-        self,
-        groups: torch.Tensor,  # from image_groups, [batch, tokens]
-        asked: torch.Tensor,  # from asked_rows, [batch, tokens, images] bool
-        position_ids: torch.Tensor,  # [3, batch, tokens] or [batch, tokens]
-        progress: float,  # share of training done, 0..1
-        generator: torch.Generator,  # the only source of randomness
-        dtype: torch.dtype = torch.float32,  # of the factors
-    ) -> tuple:  # (position_ids with gaps, (rows, keys) of multiplicity_factors, or None where max_multiplicity is 1)
-        "One reading of the batch, to be shared by teacher and student."
-        gap, most = self.limits(progress)
-        images, rows, device = _n_images(groups), len(groups), generator.device
-        draws = [torch.rand(rows, n, generator=generator, device=device) for n in (1, images, 1)]
-        total, place, size = (x.to(groups.device) for x in draws)
-        absent = torch.arange(images, device=groups.device) > groups.amax(1, keepdim=True)
-        shifts = (place.masked_fill(absent, 1).sort(1).values*(total*(gap + 1)).floor()).round().long()
-        positions = gap_positions(position_ids, groups, shifts.diff(dim=1, prepend=torch.zeros_like(shifts[:, :1])))
-        if self.max_multiplicity == 1:
-            return positions, None
-        return positions, multiplicity_factors(groups, asked, most**size[:, 0].double(), dtype)
+@patch
+def limits(
+    self: WindowSimulation,
+    progress: float,  # share of training done, 0..1
+) -> tuple:  # (largest total gap, largest multiplicity) at this point
+    "What the ramp allows so far."
+    level = self.level(progress)
+    return int(level*self.max_gap), 1 + level*(self.max_multiplicity - 1)
+
+# %% ../nbs/06_simulate.ipynb #sim-sample
+@patch
+def sample(
+    self: WindowSimulation,
+    groups: torch.Tensor,  # from image_groups, [batch, tokens]
+    asked: torch.Tensor,  # from asked_rows, [batch, tokens, images] bool
+    position_ids: torch.Tensor,  # [3, batch, tokens] or [batch, tokens]
+    progress: float,  # share of training done, 0..1
+    generator: torch.Generator,  # the only source of randomness
+    dtype: torch.dtype = torch.float32,  # of the factors
+) -> tuple:  # (position_ids with gaps, (rows, keys) of multiplicity_factors, or None where max_multiplicity is 1)
+    "One reading of the batch, to be shared by teacher and student."
+    gap, most = self.limits(progress)
+    images, rows, device = _n_images(groups), len(groups), generator.device
+    draws = [torch.rand(rows, n, generator=generator, device=device) for n in (1, images, 1)]
+    total, place, size = (x.to(groups.device) for x in draws)
+    absent = torch.arange(images, device=groups.device) > groups.amax(1, keepdim=True)
+    shifts = (place.masked_fill(absent, 1).sort(1).values*(total*(gap + 1)).floor()).round().long()
+    positions = gap_positions(position_ids, groups, shifts.diff(dim=1, prepend=torch.zeros_like(shifts[:, :1])))
+    if self.max_multiplicity == 1:
+        return positions, None
+    return positions, multiplicity_factors(groups, asked, most**size[:, 0].double(), dtype)

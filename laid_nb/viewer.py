@@ -8,7 +8,7 @@ __all__ = ['ImageAttention', 'read_attention', 'look', 'plot_haystack', 'Haystac
 # %% ../nbs/12c_viewer.ipynb #imports
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from typing import NamedTuple
 
 import ipywidgets as widgets
 import numpy as np
@@ -22,9 +22,10 @@ from torch.nn.functional import one_hot, pad
 
 from .capture import capture
 from .evaluate import answer_ids, continue_prefix, read_prefix
-from .inputs import prompt_inputs, question_ids, question_text
 from .haystack import Haystack
+from .inputs import prompt_inputs, question_ids, question_text, read_groups
 from .inspector import COLOURS, Inspector
+from .patch import patch
 
 # %% ../nbs/12c_viewer.ipynb #reading
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ImageAttention:
     name: str  # of the model
     haystack: str  # id of the haystack
     words: tuple  # of each question, the texts of the tokens after the images; the last is about to answer
-    attention: torch.Tensor  # [questions, tokens, layers, heads, images] float32, 0..1; questions end together, shorter ones have zeros in front
+    attention: torch.Tensor  # [questions, tokens, layers, heads, images] float32, 0..1; short questions: zeros first
     log_p: torch.Tensor  # [questions, 2] float32, log-probabilities of Yes and No
     right: torch.Tensor  # [questions] bool
 
@@ -45,7 +46,7 @@ class ImageAttention:
 
     def save(self,
         path,  # of a safetensors file
-    ):
+    ) -> None:
         "Write; attention is rounded to half precision."
         meta = dict(name=self.name, haystack=self.haystack, words=json.dumps(self.words))
         save_file(dict(attention=self.attention.half(), log_p=self.log_p, right=self.right), path, metadata=meta)
@@ -53,13 +54,17 @@ class ImageAttention:
     @classmethod
     def load(cls,
         path,  # from `save`
-    ):
-        "Read what `save` wrote. ValueError for another file."
-        with safe_open(path, "pt") as f: meta, tensors = f.metadata() or {}, {k: f.get_tensor(k) for k in f.keys()}
-        if not {"name", "haystack", "words"} <= meta.keys() or tensors.keys() != {"attention", "log_p", "right"}: raise ValueError(f"{path} holds no ImageAttention: its tensors are {', '.join(tensors)}")
-        return cls(meta["name"], meta["haystack"], tuple(map(tuple, json.loads(meta["words"]))), tensors["attention"].float(), tensors["log_p"], tensors["right"])
+    ):  # -> ImageAttention
+        "Read what `save` wrote. `ValueError` for another file."
+        with safe_open(path, "pt") as f:
+            meta, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+        if not {"name", "haystack", "words"} <= meta.keys() or tensors.keys() != {"attention", "log_p", "right"}:
+            raise ValueError(f"{path} holds no ImageAttention: its tensors are {', '.join(tensors)}")
+        words = tuple(map(tuple, json.loads(meta["words"])))
+        return cls(meta["name"], meta["haystack"], words, tensors["attention"].float(), tensors["log_p"],
+                   tensors["right"])
 
-# %% ../nbs/12c_viewer.ipynb #read
+# %% ../nbs/12c_viewer.ipynb #rows
 def _rows(
     q,  # [1, heads, rows, head_dim], as captured, of the last tokens
     k,  # [1, kv_heads, tokens, head_dim], of all tokens
@@ -67,9 +72,29 @@ def _rows(
 ):  # -> [heads, rows, tokens], at least float32
     "Causal attention of the last tokens."
     dtype = torch.promote_types(q.dtype, torch.float32)
-    logits = (q[0].to(dtype).unflatten(0, (k.shape[1], -1)) @ k[0, :, None].to(dtype).mT * scaling).flatten(0, 1)
+    grouped = q[0].to(dtype).unflatten(0, (k.shape[1], -1))  # [kv_heads, heads of each, rows, head_dim]
+    logits = (grouped @ k[0, :, None].to(dtype).mT * scaling).flatten(0, 1)
     visible = torch.ones(logits.shape[1:], dtype=torch.bool, device=q.device).tril(logits.shape[2] - logits.shape[1])
     return logits.masked_fill(~visible, -torch.inf).softmax(-1)
+
+
+def _image_shares(
+    cache,  # from `capture`, of the question's words
+    groups,  # [tokens] image of each token, -1: none
+):  # -> [words, layers, heads, images] float32
+    "Attention of the last tokens on each image."
+    rows = torch.stack([_rows(cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers])
+    images = one_hot(groups + 1)[:, 1:].to(rows)  # [tokens, images]
+    return (rows @ images).movedim(2, 0).float().cpu()
+
+# %% ../nbs/12c_viewer.ipynb #read
+def _check_answers(haystack):
+    "`ValueError` for a question without a known answer."
+    for q in haystack.questions:
+        if not isinstance(q.answer, bool):
+            raise ValueError(f"question {q.text!r} of haystack {haystack.id!r} has the answer {q.answer!r}: "
+                             "the viewer shows yes/no questions")
+
 
 @torch.no_grad()
 def read_attention(
@@ -79,33 +104,45 @@ def read_attention(
     name: str,  # of the model, to be shown
     size: int = 56,  # side of drawn scenes in pixels
 ) -> ImageAttention:
-    "Attention of each question's tokens on each image, and the answer. ValueError for a question without a known answer (ours)."
-    from laid_nb.inputs import read_groups
-    for q in haystack.questions:
-        if not isinstance(q.answer, bool): raise ValueError(f"question {q.text!r} of haystack {haystack.id!r} has the answer {q.answer!r}: the viewer shows yes/no questions")
-    inputs = {k: v.to(model.device) for k, v in prompt_inputs(processor, haystack, size).items()}
-    trunk, words, shares, log_p = read_prefix(model, processor, inputs), [], [], []
+    "Attention of each question's tokens on each image, and the answer (ours). `ValueError` without a known answer."
+    _check_answers(haystack)
+    inputs = {field: x.to(model.device) for field, x in prompt_inputs(processor, haystack, size).items()}
+    prefix = read_prefix(model, processor, inputs)
+    images = inputs["input_ids"][:, :prefix.length]
+    words, shares, log_p = [], [], []
     for turn in range(len(haystack.questions)):
-        tail = question_ids(processor, question_text(processor, haystack, turn))
-        groups = read_groups(model, {"input_ids": torch.cat([inputs["input_ids"][:, :trunk.length], torch.tensor([tail], device=model.device)], 1)})
-        with capture(model) as cache: scores, _ = continue_prefix(model, trunk, [tail], 0, ())
-        rows = torch.stack([_rows(cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers])  # [layers, heads, words, tokens]
-        shares.append((rows @ one_hot(groups[0] + 1)[:, 1:].to(rows)).movedim(2, 0).float().cpu())
-        words.append(tuple(processor.tokenizer.decode([i]) for i in tail))
+        ids = question_ids(processor, question_text(processor, haystack, turn))
+        prompt = torch.cat([images, torch.tensor([ids], device=model.device)], 1)
+        with capture(model) as cache:
+            scores, _ = continue_prefix(model, prefix, [ids], 0, ())
+        shares.append(_image_shares(cache, read_groups(model, {"input_ids": prompt})[0]))
+        words.append(tuple(processor.tokenizer.decode([i]) for i in ids))
         log_p.append(scores[0, answer_ids(processor.tokenizer)].float().cpu())
     longest, log_p = max(map(len, words)), torch.stack(log_p)
+    attention = torch.stack([pad(x, (0, 0)*3 + (longest - len(x), 0)) for x in shares])
     right = torch.tensor([q.answer for q in haystack.questions]) == (log_p[:, 0] > log_p[:, 1])
-    return ImageAttention(name, haystack.id, tuple(words), torch.stack([pad(s, (0, 0)*3 + (longest - len(s), 0)) for s in shares]), log_p, right)
+    return ImageAttention(name, haystack.id, tuple(words), attention, log_p, right)
 
 # %% ../nbs/12c_viewer.ipynb #pick
-def _choice(
-    what,  # "token", "layer" or "head", for the message
+def _left(
+    what,  # "token", "layer" or "head"
     value,  # an index, or a word
     n,  # indices there are
 ):
     "Indices that are left to choose from; `None` where there is no such index."
-    if value == {"token": "answer"}.get(what): return [n - 1]
-    return list(range(n)) if isinstance(value, str) else [value] if value < n else None
+    if what == "token" and value == "answer": return [n - 1]
+    if isinstance(value, str): return list(range(n))
+    return [value] if value < n else None
+
+
+def _in_words(words, token, layer, head):
+    "What was chosen: the token's index into words, layer and head as an index or \"mean\"."
+    word = "the answer" if token == len(words) - 1 else f"“{words[token].strip() or '⏎'}”"
+    if layer == head == "mean": return f"at {word}, mean of all heads"
+    layers = "mean of layers" if layer == "mean" else f"layer {layer}"
+    heads = "mean of heads" if head == "mean" else f"head {head}"
+    return f"at {word}, {layers}, {heads}"
+
 
 def look(
     reading: ImageAttention,  # of one model
@@ -116,57 +153,115 @@ def look(
     head="best",  # likewise
 ):  # -> (shares [images], what was chosen in words); (None, why) where the model has no such layer or head
     "Attention on each image as one token, layer and head sees it, or their mean (ours)."
-    x = reading.at(question)  # [words, layers, heads, images]
-    names, labels = dict(token=token, layer=layer, head=head), {}
-    for dim, (what, value) in enumerate(names.items()):
-        chosen = _choice(what, value, x.shape[dim])
+    x, left = reading.at(question), []  # [words, layers, heads, images]
+    for dim, (what, value) in enumerate((("token", token), ("layer", layer), ("head", head))):
+        chosen = _left(what, value, x.shape[dim])
         if chosen is None: return None, f"has no {what} {value}"
         x = x.index_select(dim, torch.tensor(chosen))
-        if value == "mean": x, chosen = x.mean(dim, keepdim=True), ["mean"]
-        labels[what] = chosen
-    at = np.unravel_index(int(x[..., list(needles)].sum(-1).argmax()), x.shape[:3])
-    t, l, h = (labels[what][i] for what, i in zip(names, at))
-    word = "the answer" if t == len(reading.words[question]) - 1 else f"“{reading.words[question][t].strip() or '⏎'}”"
-    return x[at], f"at {word}, " + ("mean of all heads" if l == h == "mean" else f"{'mean of layers' if l == 'mean' else f'layer {l}'}, {'mean of heads' if h == 'mean' else f'head {h}'}")
+        if value == "mean":
+            x, chosen = x.mean(dim, keepdim=True), ["mean"]
+        left.append(chosen)
+    best = np.unravel_index(int(x[..., list(needles)].sum(-1).argmax()), x.shape[:3])
+    return x[best], _in_words(reading.words[question], *(chosen[i] for chosen, i in zip(left, best)))
 
-# %% ../nbs/12c_viewer.ipynb #plot
-_NEEDLE = "#f0930a"
+# %% ../nbs/12c_viewer.ipynb #mosaic
+_NEEDLE = "#f0930a"  # colour of its frame and bar
+_SIDE, _GAP = 56, 6  # of thumbnails, in pixels
+
 
 def _mosaic(
     pictures,  # [images] PIL, of any size
     shares,  # [images]
     columns,  # of the grid
-    side=56, # of a thumbnail in pixels
-    gap=6,  # between thumbnails in pixels
 ):  # -> [height, width, 3] uint8
     "All pictures as one, each faded to white by its share."
-    rows, step = -(-len(pictures)//columns), side + gap
+    rows, step = -(-len(pictures)//columns), _SIDE + _GAP
     page = np.full((rows*step, columns*step, 3), 255, np.uint8)
     for i, (picture, share) in enumerate(zip(pictures, shares)):
-        y, x = i//columns*step + gap//2, i % columns*step + gap//2
-        thumb, opacity = np.asarray(picture.resize((side, side))).astype(np.float32), .25 + .75*max(share, 0.)**.5
-        page[y:y + side, x:x + side] = (255 + (thumb - 255)*opacity).round()
+        y, x = i//columns*step + _GAP//2, i % columns*step + _GAP//2
+        thumb = np.asarray(picture.resize((_SIDE, _SIDE))).astype(np.float32)
+        opacity = .25 + .75*max(share, 0.)**.5
+        page[y:y + _SIDE, x:x + _SIDE] = (255 + (thumb - 255)*opacity).round()
     return page
 
+# %% ../nbs/12c_viewer.ipynb #panel
 def _plot_grid(axes, pictures, needles, shares, columns):
     "The thumbnails, the needles framed, the three largest shares written."
-    step = 62
+    step = _SIDE + _GAP
+    corner = lambda i: (i % columns*step, i//columns*step)
     axes.imshow(_mosaic(pictures, shares, columns), aspect="equal")
-    for i in needles: axes.add_patch(Rectangle((i % columns*step, i//columns*step), step - 1, step - 1, fill=False, ec=_NEEDLE, lw=3, clip_on=False))
+    for i in needles:
+        axes.add_patch(Rectangle(corner(i), step - 1, step - 1, fill=False, ec=_NEEDLE, lw=3, clip_on=False))
     for i in sorted(range(len(shares)), key=lambda i: -shares[i])[:3]:
-        if shares[i] >= .005: axes.text(i % columns*step + step/2, i//columns*step + step - 4, f"{shares[i]:.0%}", fontsize=8, ha="center", va="bottom", bbox=dict(fc="white", ec="none", alpha=.8, pad=.6))
+        if shares[i] < .005: continue
+        x, y = corner(i)
+        axes.text(x + step/2, y + step - 4, f"{shares[i]:.0%}", fontsize=8, ha="center", va="bottom",
+                  bbox=dict(fc="white", ec="none", alpha=.8, pad=.6))
     axes.axis("off")
+
 
 def _plot_bars(axes, needles, shares, colour, labels):
     "The shares by image on a root axis."
-    marks = [0, .1, .25, .5, 1]
-    across = axes.bbox.width*72/axes.figure.dpi/len(shares)  # of an image in points
-    axes.vlines(range(len(shares)), 0, np.sqrt(shares), lw=.8*across, color=[_NEEDLE if i in needles else colour for i in range(len(shares))])  # far quicker than bars
-    axes.axhline(len(shares)**-.5, color="0.4", ls=":", lw=1)
-    axes.set(ylim=(0, 1), xlim=(-.8, len(shares) - .2), yticks=np.sqrt(marks), yticklabels=[f"{m:.0%}" if labels else "" for m in marks], xticks=range(0, len(shares), 5 if len(shares) <= 40 else 10), xlabel="image")
+    n, marks = len(shares), [0, .1, .25, .5, 1]
+    across = axes.bbox.width*72/axes.figure.dpi/n  # of an image in points
+    colours = [_NEEDLE if i in needles else colour for i in range(n)]
+    axes.vlines(range(n), 0, np.sqrt(shares), lw=.8*across, color=colours)  # far quicker than bars
+    axes.axhline(n**-.5, color="0.4", ls=":", lw=1)
+    axes.set(ylim=(0, 1), xlim=(-.8, n - .2), xticks=range(0, n, 5 if n <= 40 else 10), xlabel="image",
+             yticks=np.sqrt(marks), yticklabels=[f"{m:.0%}" if labels else "" for m in marks])
     axes.tick_params(labelsize=7)
     axes.xaxis.label.set_size(8)
-    for side in ("top", "right"): axes.spines[side].set_visible(False)
+    axes.spines[["top", "right"]].set_visible(False)
+
+# %% ../nbs/12c_viewer.ipynb #layout
+_BARS, _LINES = .9, .55  # height of the bars, and of the two lines above a grid, in inches
+
+
+class _Layout(NamedTuple):
+    "Where the panels of the models stand; lengths in inches."
+    stacked: bool  # one above the other, else side by side
+    columns: int  # of thumbnails
+    wide: float  # the figure
+    panel: float  # width of a panel
+    grid: float  # height of its thumbnails
+    tall: float  # height of a panel
+
+
+def _layout(images, models):
+    "By the numbers of images and models."
+    many = images > 60
+    stacked = many or models == 1
+    columns = min(images, 25 if many else 12) if stacked else max(1, round(1.05*images**.5))
+    wide = 13. if many or not stacked else 8.
+    panel = wide if stacked else wide/models
+    grid = (panel - .7)/columns*-(-images//columns)
+    return _Layout(stacked, columns, wide, panel, grid, grid + _BARS + _LINES + .45)
+
+# %% ../nbs/12c_viewer.ipynb #plot
+def _plot_reading(figure, layout, place, pictures, needles, reading, question, eyes):
+    "The panel of one model: its name and answer, what is shown, thumbnails and bars."
+    height = figure.get_figheight()
+    left = (0 if layout.stacked else place*layout.panel) + .5
+    top = height - .45 - (place*layout.tall if layout.stacked else 0)
+    at = lambda right, down: ((left + right)/layout.wide, (top - down)/height)
+    wide = (layout.panel - .7)/layout.wide
+    box = lambda below, high: figure.add_axes((left/layout.wide, (top - below - high)/height, wide, high/height))
+
+    colour, right = COLOURS.get(reading.name, f"C{place + 4}"), bool(reading.right[question])
+    yes, no = reading.log_p[question].exp().tolist()
+    said = f"{'Yes' if yes > no else 'No'} ({max(yes, no):.0%}), {'right' if right else 'wrong'}"
+    figure.text(*at(0, .14), reading.name, fontsize=11, color=colour, weight="bold", va="center")
+    figure.text(*at(.95, .14), said, fontsize=10, color="#1a7f37" if right else "#c62828", va="center")
+
+    shares, label = look(reading, question, needles, *eyes)
+    if shares is not None:
+        on = float(shares[list(needles)].sum())
+        label = f"{on:.0%} needle, {float(shares.sum()) - on:.0%} others; {label}"
+        _plot_grid(box(_LINES, layout.grid), pictures, needles, shares.tolist(), layout.columns)
+        bars = box(_LINES + layout.grid + .06, _BARS - .06)
+        _plot_bars(bars, needles, shares.tolist(), colour, layout.stacked or place == 0)
+    figure.text(*at(0, .38), label, fontsize=8.5, color="0.3", va="center")
+
 
 def plot_haystack(
     haystack: Haystack,  # images and questions
@@ -178,50 +273,51 @@ def plot_haystack(
 ) -> Figure:
     "The images of one question, as each model looks at them, with its answer (ours)."
     n, asked = len(haystack.images), haystack.questions[question]
-    stacked, pictures = n > 60 or len(readings) == 1, [haystack.image(i) for i in range(n)]
-    columns = min(n, 25) if n > 60 else min(n, 12) if stacked else max(1, round(1.05*n**.5))
-    wide = 13. if n > 60 or not stacked else 8.
-    panel = wide if stacked else wide/len(readings)
-    grid, bars, head_room = (panel - .7)/columns*-(-n//columns), .9, .55
-    tall = grid + bars + head_room + .45
-    figure = Figure(figsize=(wide, .45 + tall*(len(readings) if stacked else 1)), dpi=80)
-    height = figure.get_figheight()
+    layout, pictures = _layout(n, len(readings)), [haystack.image(i) for i in range(n)]
+    height = .45 + layout.tall*(len(readings) if layout.stacked else 1)
+    figure = Figure(figsize=(layout.wide, height), dpi=80)
     figure.text(.012, 1 - .3/height, f"{asked.text}  (Answer: {asked.reply})", fontsize=12, va="center")
-    for i, reading in enumerate(readings):
-        left, top = (0 if stacked else i*panel) + .5, height - .45 - (i*tall if stacked else 0)
-        box = lambda below, high: figure.add_axes([left/wide, (top - below - high)/height, (panel - .7)/wide, high/height])
-        shares, label = look(reading, question, asked.needles, token, layer, head)
-        yes, no = reading.log_p[question].exp().tolist()
-        colour, right = COLOURS.get(reading.name, f"C{i + 4}"), bool(reading.right[question])
-        figure.text(left/wide, (top - .14)/height, reading.name, fontsize=11, color=colour, weight="bold", va="center")
-        figure.text((left + .95)/wide, (top - .14)/height, f"{'Yes' if yes > no else 'No'} ({max(yes, no):.0%}), {'right' if right else 'wrong'}", fontsize=10, color="#1a7f37" if right else "#c62828", va="center")
-        if shares is not None:
-            on = float(shares[list(asked.needles)].sum())
-            label = f"{on:.0%} needle, {float(shares.sum()) - on:.0%} others; {label}"
-            _plot_grid(box(head_room, grid), pictures, asked.needles, shares.tolist(), columns)
-            _plot_bars(box(head_room + grid + .06, bars - .06), asked.needles, shares.tolist(), colour, stacked or i == 0)
-        figure.text(left/wide, (top - .38)/height, label, fontsize=8.5, color="0.3", va="center")
+    for place, reading in enumerate(readings):
+        _plot_reading(figure, layout, place, pictures, asked.needles, reading, question, (token, layer, head))
     return figure
 
-# %% ../nbs/12c_viewer.ipynb #viewer
-def _check_readings(
-    haystacks,  # {id: Haystack}
-    readings,  # ImageAttentions
-):
-    "ValueError unless every haystack has readings, each of them of this very haystack, under different names and with the same words."
+# %% ../nbs/12c_viewer.ipynb #check-readings
+def _check_reading(r, haystacks):
+    "`ValueError` for a reading that is not of one of these {id: Haystack}."
+    if r.haystack not in haystacks:
+        raise ValueError(f"{r.name} read haystack {r.haystack!r}, which is not among {', '.join(haystacks)}")
+    h = haystacks[r.haystack]
+    fits = (r.attention.shape[0], r.attention.shape[-1]) == (len(h.questions), len(h.images))
+    if not fits or any(q.text not in "".join(words) for q, words in zip(h.questions, r.words)):
+        raise ValueError(f"{r.name} read other images or questions than those of haystack {h.id!r}: "
+                         f"attention has shape {tuple(r.attention.shape)}, "
+                         f"the haystack {len(h.questions)} questions and {len(h.images)} images")
+
+
+def _check_readings(haystacks, readings):
+    "`ValueError` unless every haystack has readings, of different names and with the same words."
     for r in readings:
-        if r.haystack not in haystacks: raise ValueError(f"{r.name} read haystack {r.haystack!r}, which is not among {', '.join(haystacks)}")
-        h = haystacks[r.haystack]
-        if (r.attention.shape[0], r.attention.shape[-1]) != (len(h.questions), len(h.images)) or any(q.text not in "".join(w) for q, w in zip(h.questions, r.words)):
-            raise ValueError(f"{r.name} read other images or questions than those of haystack {h.id!r}: attention has shape {tuple(r.attention.shape)}, the haystack {len(h.questions)} questions and {len(h.images)} images")
+        _check_reading(r, haystacks)
     for h in haystacks:
         of = [r for r in readings if r.haystack == h]
+        names = ", ".join(r.name for r in of)
         if not of: raise ValueError(f"nobody read haystack {h!r}")
-        if len({r.name for r in of}) < len(of): raise ValueError(f"two readings of haystack {h!r} have the same name: {', '.join(r.name for r in of)}")
-        if any(r.words != of[0].words for r in of): raise ValueError(f"the tokens of haystack {h!r} differ between {', '.join(r.name for r in of)}: one picture needs one tokenizer")
+        if len({r.name for r in of}) < len(of):
+            raise ValueError(f"two readings of haystack {h!r} have the same name: {names}")
+        if any(r.words != of[0].words for r in of):
+            raise ValueError(f"the tokens of haystack {h!r} differ between {names}: one picture needs one tokenizer")
+
+# %% ../nbs/12c_viewer.ipynb #viewer
+def _controls():
+    "A drop-down for each choice."
+    widths = dict(haystack="20em", question="34em", token="20em", layer="13em", head="13em")
+    return {name: widgets.Dropdown(description=name, style=dict(description_width="5em"),
+                                   layout=dict(width=width, max_width="96%")) for name, width in widths.items()}
+
 
 class HaystackViewer(Inspector):
-    "The images of one question as several models look at them. Each choice is a trait; ValueError for one that is not there (ours)."
+    """The images of one question as several models look at them. Each choice is a trait (ours).
+    `ValueError` for one that is not there, and for readings that do not belong together."""
     haystack = traitlets.Unicode()  # id
     question = traitlets.Int(0)  # index
     token = traitlets.Any("best")  # "best", "answer" or an index into the question's words
@@ -234,75 +330,124 @@ class HaystackViewer(Inspector):
         **state,  # any of the traits
     ):
         self.haystacks, self.readings = {h.id: h for h in haystacks}, list(readings)
-        if not haystacks or len(self.haystacks) < len(haystacks): raise ValueError(f"the viewer needs haystacks with ids of their own, got {[h.id for h in haystacks]}")
+        if not haystacks or len(self.haystacks) < len(haystacks):
+            ids = [h.id for h in haystacks]
+            raise ValueError(f"the viewer needs haystacks with ids of their own, got {ids}")
         _check_readings(self.haystacks, self.readings)
-        wide = {"haystack": "20em", "question": "34em", "token": "20em", "layer": "13em", "head": "13em"}
-        self.controls = {name: widgets.Dropdown(description=name, style=dict(description_width="5em"), layout=dict(width=width, max_width="96%")) for name, width in wide.items()}
+        self.controls, self._syncing, self._shown = _controls(), False, None
         rows = ("haystack", "question"), ("token", "layer", "head")
-        super().__init__(*(widgets.HBox([self.controls[name] for name in row], layout=dict(flex_flow="row wrap")) for row in rows), file="haystack.png")
-        self._syncing, self._shown = False, None
-        for name, control in self.controls.items(): control.observe(lambda change, name=name: self._syncing or self.guarded(setattr, self, name, change["new"]), "value")
+        boxes = [[self.controls[name] for name in row] for row in rows]
+        super().__init__(*(widgets.HBox(box, layout=dict(flex_flow="row wrap")) for box in boxes), file="haystack.png")
         self.set_trait("haystack", haystacks[0].id)
-        self.observe(self._changed, list(self.controls))
+        self._connect()
         self.show(**state)
         self._changed()
 
     @property
-    def state(self): "All choices by name."; return {name: getattr(self, name) for name in self.controls}
-
-    def _of(self, state): "The haystack of a state, and its readings."; return self.haystacks[state["haystack"]], [r for r in self.readings if r.haystack == state["haystack"]]
-
-    def _options(self, name, state):
-        "What may be chosen, [(text, value)]."
-        if name == "haystack": return [(f"{len(h.images)} images ({h.id})", h.id) for h in self.haystacks.values()]
-        haystack, readings = self._of(state)
-        if name == "question": return [(f"{i}: {q.text}", i) for i, q in enumerate(haystack.questions)]
-        if name == "token": return [("best", "best"), ("the answer's", "answer")] + [(f"{i}: {word.strip() or repr(word)[1:-1]}", i) for i, word in enumerate(readings[0].words[state["question"]])]
-        n = max(r.attention.shape[2 if name == "layer" else 3] for r in readings)
-        return [("best", "best"), ("mean", "mean")] + [(str(i), i) for i in range(n)]
-
-    def _check(self, name, state):
-        values = [value for _, value in self._options(name, state)]
-        if isinstance(state[name], bool) or state[name] not in values: raise ValueError(f"{name} is {state[name]!r}, expected one of {', '.join(map(str, values))}")
-
-    def show(self,
-        **state,  # any of the traits, changed together
-    ):
-        "Another state, drawn once. ValueError where there is no such thing, and then nothing is changed."
-        for name in state.keys() - self.controls.keys(): raise ValueError(f"no choice {name!r}: one of {', '.join(self.controls)}")
-        for name in self.controls:
-            if name in state: self._check(name, self.state | state)
-        with self.hold_trait_notifications():
-            for name, value in state.items(): setattr(self, name, value)
+    def state(self) -> dict: return {name: getattr(self, name) for name in self.controls}  # all choices by name
 
     @traitlets.validate("haystack", "question", "token", "layer", "head")
     def _valid(self, proposal):
-        self._check(proposal["trait"].name, self.state | {proposal["trait"].name: proposal["value"]})
-        return proposal["value"]
+        name, value = proposal["trait"].name, proposal["value"]
+        self._check(name, self.state | {name: value})
+        return value
 
-    def _changed(self, change=None):
-        with self.hold_trait_notifications():                              # what the haystack or the question no longer has
-            if self.question >= len(self.haystacks[self.haystack].questions): self.question = 0
-            for name in ("token", "layer", "head"):
-                if getattr(self, name) not in [value for _, value in self._options(name, self.state)]: setattr(self, name, "best")
-        if self.state == self._shown: return
-        self._shown, self._syncing = self.state, True
-        for name, control in self.controls.items():
-            options = self._options(name, self.state)
-            if list(control.options) != options: control.options = options
-            control.value = getattr(self, name)
-        self._syncing = False
-        self.redraw()
+# %% ../nbs/12c_viewer.ipynb #viewer-options
+@patch
+def _options(self: HaystackViewer, name, state):
+    "What may be chosen, [(text, value)]."
+    if name == "haystack": return [(f"{len(h.images)} images ({h.id})", h.id) for h in self.haystacks.values()]
+    haystack, readings = self._of(state)
+    if name == "question": return [(f"{i}: {q.text}", i) for i, q in enumerate(haystack.questions)]
+    if name == "token":
+        words = enumerate(readings[0].words[state["question"]])
+        numbered = [(f"{i}: {word.strip() or repr(word)[1:-1]}", i) for i, word in words]
+        return [("best", "best"), ("the answer's", "answer"), *numbered]
+    n = max(r.attention.shape[2 if name == "layer" else 3] for r in readings)
+    return [("best", "best"), ("mean", "mean")] + [(str(i), i) for i in range(n)]
 
-    def describe(self):
-        haystack, readings = self._of(self.state)
-        asked, lines = haystack.questions[self.question], []
-        for r in readings:
-            shares, label = look(r, self.question, asked.needles, self.token, self.layer, self.head)
-            yes, no = r.log_p[self.question].tolist()
-            lines.append(f"{r.name} says {'Yes' if yes > no else 'No'}, {'right' if r.right[self.question] else 'wrong'}, " + (label if shares is None else f"{float(shares[list(asked.needles)].sum()):.0%} of attention on the needle ({label})"))
-        return f"{len(haystack.images)} images, {asked.text} {asked.reply}. " + "; ".join(lines)
 
-    def draw(self):
-        haystack, readings = self._of(self.state)
-        return plot_haystack(haystack, readings, self.question, self.token, self.layer, self.head)
+@patch
+def _values(self: HaystackViewer, name, state): return [value for _, value in self._options(name, state)]
+
+
+@patch
+def _of(self: HaystackViewer, state):
+    "The haystack of a state, and its readings."
+    return self.haystacks[state["haystack"]], [r for r in self.readings if r.haystack == state["haystack"]]
+
+
+@patch
+def _check(self: HaystackViewer, name, state):
+    "`ValueError` for a choice that is not there in this state."
+    value, values = state[name], self._values(name, state)
+    if isinstance(value, bool) or value not in values:
+        raise ValueError(f"{name} is {value!r}, expected one of {', '.join(map(str, values))}")
+
+# %% ../nbs/12c_viewer.ipynb #viewer-change
+@patch
+def show(self: HaystackViewer,
+    **state,  # any of the traits, changed together
+) -> None:
+    "Another state, drawn once. `ValueError` where there is no such thing, and then nothing is changed."
+    unknown = state.keys() - self.controls.keys()
+    if unknown: raise ValueError(f"no choice {min(unknown)!r}: one of {', '.join(self.controls)}")
+    for name in self.controls:
+        if name in state:
+            self._check(name, self.state | state)
+    with self.hold_trait_notifications():
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@patch
+def _connect(self: HaystackViewer):
+    "Let the controls set the state, and the state the controls."
+    def follow(name, value):
+        if self._syncing: return
+        self.guarded(setattr, self, name, value)
+
+    for name, control in self.controls.items():
+        control.observe(lambda change, name=name: follow(name, change["new"]), "value")
+    self.observe(self._changed, list(self.controls))
+
+
+@patch
+def _changed(self: HaystackViewer, change=None):
+    "Drop what the haystack or the question no longer has; bring controls and picture in line."
+    with self.hold_trait_notifications():
+        if self.question >= len(self.haystacks[self.haystack].questions):
+            self.question = 0
+        for name in ("token", "layer", "head"):
+            if getattr(self, name) not in self._values(name, self.state):
+                setattr(self, name, "best")
+    if self.state == self._shown: return
+    self._shown, self._syncing = self.state, True
+    for name, control in self.controls.items():
+        options = self._options(name, self.state)
+        if list(control.options) != options:
+            control.options = options
+        control.value = getattr(self, name)
+    self._syncing = False
+    self.redraw()
+
+# %% ../nbs/12c_viewer.ipynb #viewer-draw
+@patch
+def draw(self: HaystackViewer) -> Figure:
+    "All models on the question that is chosen."
+    return plot_haystack(*self._of(self.state), self.question, self.token, self.layer, self.head)
+
+
+@patch
+def describe(self: HaystackViewer) -> str:
+    "The question, each model's answer, and its attention on the needle."
+    haystack, readings = self._of(self.state)
+    asked, said = haystack.questions[self.question], []
+    for r in readings:
+        shares, label = look(r, self.question, asked.needles, self.token, self.layer, self.head)
+        if shares is not None:
+            label = f"{float(shares[list(asked.needles)].sum()):.0%} of attention on the needle ({label})"
+        yes, no = r.log_p[self.question].tolist()
+        right = "right" if r.right[self.question] else "wrong"
+        said.append(f"{r.name} says {'Yes' if yes > no else 'No'}, {right}, {label}")
+    return f"{len(haystack.images)} images, {asked.text} {asked.reply}. " + "; ".join(said)

@@ -2,20 +2,25 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 
+from laid_nb.accuracy import by_size
 from laid_nb.anchors import Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
-from laid_nb.haystack import OBJECTS
-from laid_nb.haystack import picture_haystack
+from laid_nb.evaluate import evaluate
+from laid_nb.haystack import OBJECTS, picture_haystack
 from laid_nb.inputs import encode
 from laid_nb.store import data_path
-from laid_nb.accuracy import by_size
-from laid_nb.evaluate import evaluate
 
 
 @pytest.fixture(scope="module")
 def pair():
-    return {n: AutoModelForImageTextToText.from_pretrained(data_path("anchors", n)).eval() for n in ("teacher", "student")}
+    folders = {name: data_path("anchors", name) for name in ("teacher", "student")}
+    return {name: AutoModelForImageTextToText.from_pretrained(folder).eval() for name, folder in folders.items()}
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +37,8 @@ def test_structure_of_the_family(pair):
     for c in (teacher, student):
         assert c.num_attention_heads > c.num_key_value_heads and len(c.rope_parameters["mrope_section"]) == 3
     assert teacher.hidden_size//teacher.num_attention_heads == student.hidden_size//student.num_attention_heads
-    assert teacher.num_hidden_layers > student.num_hidden_layers and teacher.num_attention_heads > student.num_attention_heads
+    assert teacher.num_hidden_layers > student.num_hidden_layers
+    assert teacher.num_attention_heads > student.num_attention_heads
     vision = pair["student"].config.vision_config
     assert 0 < len(vision.fullatt_block_indexes) < vision.depth
 
@@ -44,7 +50,8 @@ def test_shipped_tokenizer_is_the_one_built(processor):
 
 def test_both_read_two_images(pair, processor):
     haystacks = [picture_haystack(s, 2, 2, "val") for s in range(24)]
-    for model in pair.values(): assert by_size(evaluate(model, processor, haystacks, progress=False)).accuracy[0] > .85
+    for model in pair.values():
+        assert by_size(evaluate(model, processor, haystacks, progress=False)).accuracy[0] > .85
 
 
 def test_teacher_sees_further(pair, processor):
@@ -70,7 +77,8 @@ def test_patchify_is_the_image_processor(processor):
     haystack = picture_haystack(0, 3)
     images = [haystack.image(i) for i in range(3)]
     stock = processor.image_processor(images, return_tensors="pt")["pixel_values"]
-    ours = patchify(np.stack([np.asarray(i) for i in images]), processor.image_processor.image_mean, processor.image_processor.image_std)
+    arrays, settings = np.stack([np.asarray(i) for i in images]), processor.image_processor
+    ours = patchify(arrays, settings.image_mean, settings.image_std)
     torch.testing.assert_close(ours, stock, atol=1e-6, rtol=0)
 
 

@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    GPT2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from laid_nb import __version__, cli, demo, inspector, serve
 from laid_nb.anchors import anchor_config, build_processor
@@ -20,12 +27,11 @@ from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import OURS, encode
 from laid_nb.script import number_list
+from laid_nb.spectra import distance_response
 from laid_nb.store import EMBEDDED, load_model, save_model, slug
 from laid_nb.vhs import export_vhs
-from laid_nb.spectra import distance_response
-from laid_nb.inputs import OURS
 
 
 def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
@@ -118,7 +124,7 @@ def test_anchors_is_called_with_both_folders(monkeypatch, work):
 
 def test_yaml_is_read_as_flags_and_flags_win(work):
     (work/"a.yaml").write_text("method: kd\nlayers: 2:3\nlearning_rate: 1e-4\nreport_to: none\nbf16: false\nuse_cpu: true\n")
-    config, _ = cli.training_settings(cli._yaml_settings("a.yaml") | {"learning_rate": ["3e-4"]})
+    config, _ = cli._training_settings(cli._yaml_settings("a.yaml") | {"learning_rate": ["3e-4"]})
     assert (config.method, config.layers, config.learning_rate, config.bf16, config.output_dir) == ("kd", "2:3", 3e-4, False, "laid-runs")
 
 
@@ -205,7 +211,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
     assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
-    assert sorted(p.name for p in out.iterdir()) == sorted(demo.OUTPUTS)
+    assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
     for name, model in results["models"].items():
@@ -412,7 +418,10 @@ def listed(folder="laid-inspect"):
 def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
     read, reads = serve.read_heads, []
     monkeypatch.setattr(serve, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
-    def run(*more): reads.clear(); ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more]); return reads
+    def run(*more):
+        reads.clear()
+        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more])
+        return reads
     assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
     files = listed()
     assert list(files) == ["teacher", "student"] and [inspector.HeadSpectra.load(f).images for f in files["student"]] == [1, 3]

@@ -2,21 +2,21 @@
 import pytest
 
 from laid_nb.accuracy import Results, count
-from laid_nb.demo import TRAININGS, claim, verdict
+from laid_nb.demo import TRAININGS, _claim, verdict
 
 
 def test_claim_resumes_refuses_and_starts_anew(tmp_path):
     out = tmp_path/"demo"
-    state = claim(out, {"steps": 1, "sizes": (1, 2)}, False)
-    assert claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
-    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): claim(out, {"steps": 2, "sizes": (1, 2)}, False)
+    state = _claim(out, {"steps": 1, "sizes": (1, 2)}, False)
+    assert _claim(out, {"steps": 1, "sizes": (1, 2)}, False) == state
+    with pytest.raises(ValueError, match="another steps: .*--out.*--fresh"): _claim(out, {"steps": 2, "sizes": (1, 2)}, False)
     (out/"records").mkdir()
     (out/"mine.txt").write_text("of the user")
-    claim(out, {"steps": 2, "sizes": (1, 2)}, True)
+    _claim(out, {"steps": 2, "sizes": (1, 2)}, True)
     assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt"]
     (tmp_path/"other").mkdir()
     (tmp_path/"other/a.txt").write_text("x")
-    with pytest.raises(ValueError, match="holds no demo"): claim(tmp_path/"other", {}, True)
+    with pytest.raises(ValueError, match="holds no demo"): _claim(tmp_path/"other", {}, True)
     assert (tmp_path/"other/a.txt").exists()
 
 

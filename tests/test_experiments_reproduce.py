@@ -1,4 +1,5 @@
 "The experiments' arithmetic against direct computations, and what a training may share with another."
+import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,46 +10,109 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent/"experiments"))
 import ablation
+import again
 import analysis
 import common
 import labels
+import length
 import reproduce
-
+from laid_nb.accuracy import Results, count, wilson
 from laid_nb.haystack import picture_haystack
 
 RATES = dict.fromkeys(reproduce.METHODS, 1e-3)
 
 
-@pytest.fixture
-def results():
+SIZES = (1, 20, 50, 100, 150)
+
+
+@pytest.fixture(scope="module")
+def said():
     rng = np.random.default_rng(0)
-    groups = {s: np.repeat(np.arange(20), 6) for s in (1, 20, 50, 100, 150)}
-    said = lambda share: {s: "".join("01"[int(rng.random() < a)] for _ in range(120)) for s, a in zip(groups, share)}
-    return analysis.Results({"teacher": [said([.95]*5)], "student": [said([.95, .85, .7, .6, .5])], "good": [said([.95, .9, .85, .8, .8]) for _ in range(3)]}, groups)
+    def say(*share): return {s: "".join("01"[int(rng.random() < a)] for _ in range(120)) for s, a in zip(SIZES, share)}
+    return {"teacher": [say(*[.95]*5)], "student": [say(.95, .85, .7, .6, .5)],
+            "good": [say(.95, .9, .85, .8, .8) for _ in range(3)]}
 
 
-def test_accuracy_and_gap_are_direct_counts(results):
-    share = lambda name, s: np.mean([[c == "1" for c in t[s]] for t in results.models[name]])
+@pytest.fixture(scope="module")
+def results(said): return analysis.results_of(said, {s: np.repeat(np.arange(20), 6) for s in SIZES})
+
+
+def test_accuracy_and_gap_are_direct_counts(results, said):
+    share = lambda name, s: np.mean([[c == "1" for c in t[s]] for t in said[name]])
     assert results.accuracy["good"][2] == pytest.approx(share("good", 50))
     gap = (share("good", 100) - share("student", 100))/(share("teacher", 100) - share("student", 100))
     value, low, high = results.closed("good", 100)
     assert value == pytest.approx(gap) and low < value < high
     d, low, high = results.difference("good", "student", [50, 150])
-    assert d == pytest.approx(np.mean([share("good", s) - share("student", s) for s in (50, 150)])) and 0 < low < d < high
-
-
-def test_window_is_evaluates(results):
-    from laid_nb.accuracy import HALF, effective_window
-    correct = [results.models["student"][0][s].count("1") for s in results.sizes]
-    assert results.window("student").size == pytest.approx(effective_window(results.sizes, correct, [120]*5, HALF).size)
-    assert results.ratio("student").value == 1 and results.ratio("student").low == results.ratio("student").high == 1  # the same redraws above and below
-    assert results.window("teacher").censored and results.ratio("teacher").bound == "≥"
+    assert d == pytest.approx(np.mean([share("good", s) - share("student", s) for s in (50, 150)]))
+    assert 0 < low < d < high
 
 
 def test_table_has_a_line_for_each_model(results):
-    lines = results.markdown([1, 50, 150]).splitlines()
-    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["teacher", "student", "good"] and len({line.count("|") for line in lines}) == 1
-    assert set(results.summary()["good"]["closed"]) == {50, 100, 150}
+    lines = analysis.markdown(results, [1, 50, 150]).splitlines()
+    assert [line.split(" | ")[0].strip("| ") for line in lines[2:]] == ["teacher", "student", "good"]
+    assert len({line.count("|") for line in lines}) == 1
+    assert "| 150 | short | long | window | ratio |" in lines[0] and lines[3].endswith("| 1 |")
+    assert lines[2].count("not measured: give more sizes") == 1
+
+
+def test_summary_is_what_the_methods_say(results):
+    found = json.loads(json.dumps(analysis.summary(results)))["good"]
+    assert set(found["closed"]) == {"50", "100", "150"} and found["trainings"] == 3
+    assert found["window"] == str(results.window("good")) and found["ratio"] == str(results.ratio("good"))
+    assert found["accuracy"]["50"] == pytest.approx(results.accuracy["good"][2], abs=1e-4)
+    low, high = wilson(results.models["good"].correct[0], 360)
+    assert found["wilson"]["1"] == [round(float(low), 4), round(float(high), 4)]
+
+
+def test_figure_has_the_bands_of_the_intervals(results):
+    figure = analysis.plot_lines(results, {"a": ["teacher", "student"]})
+    band = figure.axes[0].collections[1].get_paths()[0].vertices[:, 1]
+    assert band.min() == pytest.approx(results.interval("student", 150)[0])
+
+
+# statistics of result files, again
+
+@pytest.fixture(scope="module")
+def table(): return again.Table()
+
+
+def test_the_tables_file_holds_the_statistics_of_its_answers(table):
+    found = table.results({name: table.models[name] for name in ("teacher", "student", "LAid")}, table.haystacks)
+    wanted = {name: table.data["summary"][name] for name in ("teacher", "student", "LAid")}
+    assert json.loads(json.dumps(analysis.summary(found))) == wanted
+
+
+def test_the_haystacks_kept_with_the_answers_are_those_that_are_drawn(table):
+    drawn = analysis.groups(common.tests((1, 50), common.QUESTIONS))
+    for size, groups in drawn.items():
+        kept = np.array(table.haystacks[size])
+        assert (np.unique(kept, return_inverse=True)[1] == np.unique(groups, return_inverse=True)[1]).all()
+
+
+def test_rows_without_answers_are_the_tables_only_where_they_agree(table):
+    row = table.data["summary"]["SFT"]
+    assert table.answers_of("SFT", row) == table.models["SFT"]
+    assert table.answers_of("SFT", row | dict(trainings=1)) is None
+    assert table.answers_of("KD", row) is None and table.answers_of(None, row) is None
+
+
+@pytest.mark.parametrize("window, ratio, shown", [
+    ("12 [8, 20]", "1.20 [0.80, 2.00]", ("12 [8, 20]", "1.20 [0.80, 2.00]")),
+    ("≥150 [≥150, ≥150]", "≥4.95 [3.81, 6.38]", ("≥150 not measured: give more sizes", "≥4.95 [≥3.81, ≥6.38]")),
+    ("≥150 [130, ≥150]", "≥4.95 [3.60, 6.32]", ("≥150 [130, ≥150]", "≥4.95 [3.60, ≥6.32]")),
+    ("<1 [<1, 1.5]", "0.03 [0.03, 0.06]", ("<1 [<1, 1.5]", "0.03 [≤0.03, 0.06]"))])
+def test_bounds_of_rows_without_answers_are_marked(window, ratio, shown):
+    found = again.marked(dict(window=window, ratio=ratio, trainings=1))
+    assert (found["window"], found["ratio"]) == shown and again.marked(found) == found
+
+
+def test_models_of_which_only_counts_are_known_are_not_paired():
+    counts = {name: count([1, 10], [160, 140], [200, 200]) for name in "ab"}
+    models = again.unpaired(counts)
+    assert all((m.correct == counts["a"].correct).all() for m in models.values())
+    apart, joined = (Results(x, "a").difference("b", "a", [1]) for x in (models, counts))
+    assert joined == (0, 0, 0) and apart[1] < -.05 and apart[2] > .05
 
 
 def test_groups_follow_the_order_of_the_answers():
@@ -71,15 +135,28 @@ def test_flipped_labels(share, least, most):
 def test_equal_runs_have_one_name_and_unequal_ones_two():
     run = common.Run("LAid", 0, dict(method="laid", learning_rate=1e-3))
     assert run.id == common.Run("LAid", 0, dict(learning_rate=1e-3, method="laid")).id
-    others = [replace(run, seed=1), replace(run, steps=9), replace(run, flipped=.1), replace(run, labels=False), replace(run, settings=run.settings | dict(alpha=1.0)), replace(run, images=(2, 20))]
-    assert len({run.id, *(r.id for r in others)}) == 7
+    alpha = run.settings | dict(alpha=1.0)
+    changes = [dict(seed=1), dict(steps=9), dict(flipped=.1), dict(labels=False), dict(settings=alpha), dict(images=(2, 20))]
+    assert len({run.id, *(replace(run, **change).id for change in changes)}) == 7
+
+
+def test_runs_have_the_names_under_which_the_table_knows_them():
+    kept = json.loads((common.RESULTS/"reproduce.json").read_text(encoding="utf-8"))
+    found = reproduce.runs(kept["search"]["chosen"], common.SEEDS, reproduce.STEPS, reproduce.HAYSTACKS)
+    assert {name: [r.id for r in rs] for name, rs in found.items()} == kept["runs"]
 
 
 def test_every_run_of_the_tables_is_a_valid_config(tmp_path):
+    from transformers import HfArgumentParser
+
+    from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
     table = [rs[0] for rs in reproduce.runs(RATES, (0,), 300, 417).values()]
-    table += [r for ways in labels.runs(RATES, 300, 417, (60,)).values() for r in ways.values()] + [rs[0] for rows in ablation.runs(RATES, 300, 417, (0,)).values() for rs in rows.values()]
-    for run in table: LaidConfig(str(tmp_path), use_cpu=True, report_to="none", **run.settings)
+    table += [r for ways in labels.runs(RATES, 300, 417, (60,)).values() for r in ways.values()]
+    table += [rs[0] for rows in ablation.runs(RATES, 300, 417, (0,)).values() for rs in rows.values()]
+    table += [r for ways in length.runs(RATES, 300, 417, 150).values() for r in ways.values()]
+    parser = HfArgumentParser((LaidConfig, WindowSimulation))
+    for run in table: parser.parse_dict(dict(output_dir=str(tmp_path), use_cpu=True, report_to="none") | run.settings)
     assert len(table) > 60
 
 
@@ -93,7 +170,8 @@ def test_what_the_teacher_said_is_kept_and_changes_nothing(tmp_path, monkeypatch
     "Two trainings that read the same batches: the second does not ask the teacher, and ends where one ends that does."
     monkeypatch.setattr(common, "WORK", tmp_path/"kept")
     pair = common.pair()
-    run = common.Run("LAid", 0, dict(method="laid", learning_rate=1e-3, **common.SIMULATION), haystacks=8, images=(1, 3), steps=2)
+    how = dict(method="laid", learning_rate=1e-3, **common.SIMULATION)
+    run = common.Run("LAid", 0, how, haystacks=8, images=(1, 3), steps=2)
     asked = []
     hook = pair["teacher"].register_forward_pre_hook(lambda *_: asked.append(1))
     weights = lambda r: {k: v.clone() for k, v in common.load(common.train(r))[0].state_dict().items()}

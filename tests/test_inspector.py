@@ -9,12 +9,11 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb.capture import capture
 from laid_nb.haystack import Haystack, picture_haystack
-from laid_nb.inputs import encode
-from laid_nb.store import data_path
-from laid_nb.inspector import MAPS, HeadGrid, HeadInspector, HeadSpectra, head_limits, plot_head, png, read_heads
+from laid_nb.inputs import encode, image_inputs, read_groups, read_positions
+from laid_nb.inspector import _MAPS, HeadGrid, HeadInspector, HeadSpectra, _png, head_limits, plot_head, read_heads
 from laid_nb.rope import RopeSpec
 from laid_nb.spectra import position_response
-from laid_nb.inputs import image_inputs, read_groups, read_positions
+from laid_nb.store import data_path
 
 SHIPPED = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in ("teacher", "student", "distilled") for n in (5, 20)]
 
@@ -117,10 +116,10 @@ def test_a_control_moves_its_trait(inspector, name, value):
     assert getattr(inspector, name) == value and inspector.picture.value != before
 
 
-@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("name", _MAPS)
 def test_the_grid_shows_the_map(inspector, name):
     inspector.map = name
-    assert np.array_equal(np.frombuffer(inspector.grid.values, np.float32), getattr(inspector.shown, MAPS[name]).numpy().ravel()) and name in inspector.grid.title
+    assert np.array_equal(np.frombuffer(inspector.grid.values, np.float32), getattr(inspector.shown, _MAPS[name]).numpy().ravel()) and name in inspector.grid.title
     assert (inspector.grid.low, inspector.grid.high) == (0, 1)
 
 
@@ -169,7 +168,7 @@ def test_the_button_writes_the_picture(inspector, tmp_path, ending, start):
 
 def test_a_picture_stands_beside_the_live_view(inspector):
     bundle = inspector._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == png(plot_head(inspector.heads(), inspector.limits, inspector.unit))
+    assert base64.b64decode(bundle["image/png"]) == _png(plot_head(inspector.heads(), inspector.limits, inspector.unit))
     assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"] == inspector.describe()
 
 

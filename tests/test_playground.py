@@ -3,11 +3,11 @@ import math
 
 import numpy as np
 import pytest
-import torch
 
 import laid_nb.playground as playground
-from laid_nb.playground import LIMITS, PRESETS, SCALINGS, RopePlayground, plot_rope, rope_config
+from laid_nb.playground import _LIMITS, _PRESETS, _SCALINGS, RopePlayground, plot_rope, rope_config
 from laid_nb.rope import rope_spec
+
 
 @pytest.fixture
 def play(): return RopePlayground(theta=1e5, head_dim=64, sections=[8, 12, 12], window=512)
@@ -27,7 +27,7 @@ def by_hand(scaling, theta, dim, factor, window):
 # ---- numbers
 
 @pytest.mark.parametrize("sections", [[], [8, 12, 12]])
-@pytest.mark.parametrize("scaling", SCALINGS)
+@pytest.mark.parametrize("scaling", _SCALINGS)
 def test_frequencies_are_those_of_the_formulas(scaling, sections):
     spec = RopePlayground(theta=5e4, head_dim=64, sections=sections, scaling=scaling, factor=4., window=4096).spec
     np.testing.assert_allclose(spec.inv_freq.numpy(), by_hand(scaling, 5e4, 64, 4., 4096), rtol=2e-5)
@@ -46,23 +46,23 @@ def test_leakage_is_the_share_off_the_lines(play):
     assert play.leakage == pytest.approx(power[off].sum()/power.sum(), rel=1e-5)
 
 def test_octaves_keep_every_bin(play):
-    on, off = playground._octaves(play.spec, 512)
+    on, off = playground._power_by_octave(play.spec, 512)
     assert len(on) == len(off) == 9 and float(on.sum() + off.sum()) == pytest.approx(1)
 
 def test_the_first_octave_is_the_first_bin(play):
     f = np.cos(np.arange(512)[:, None]*by_hand("none", 1e5, 64, 1, 512)).sum(1)
     power = np.abs(np.fft.rfft(f)[1:])**2
     power[-1] /= 2
-    on, off = playground._octaves(play.spec, 512)
+    on, off = playground._power_by_octave(play.spec, 512)
     assert float(on[0] + off[0]) == pytest.approx(power[0]/power.sum(), rel=1e-5)
 
 @pytest.mark.parametrize("bands", [4, 6, 32, 48, 64, 128])
-@pytest.mark.parametrize("name", [n for n in PRESETS if not n.startswith("none")])
+@pytest.mark.parametrize("name", [n for n in _PRESETS if not n.startswith("none")])
 def test_presets_hand_out_every_band(name, bands):
-    sections = PRESETS[name](bands)
+    sections = _PRESETS[name](bands)
     assert len(sections) == 3 and sum(sections) == bands and min(sections) > 0
 
-def test_the_preset_of_128_is_the_models_own(): assert PRESETS["as Qwen2.5-VL"](64) == [16, 24, 24]
+def test_the_preset_of_128_is_the_models_own(): assert _PRESETS["as Qwen2.5-VL"](64) == [16, 24, 24]
 
 # ---- state
 
@@ -182,6 +182,6 @@ def test_static_picture_and_words(play):
     assert "image/png" in bundle and bundle["text/plain"].startswith("RoPE with theta 100,000, head_dim 64, sections 8/12/12: ") and f"leakage {play.leakage:.1%}" in bundle["text/plain"]
 
 def test_limits_can_be_drawn():
-    for theta in LIMITS["theta"]:
-        for dim in LIMITS["head_dim"]:
-            for window in LIMITS["window"]: RopePlayground(theta=theta, head_dim=dim, sections=[], scaling="yarn", factor=32., window=window)
+    for theta in _LIMITS["theta"]:
+        for dim in _LIMITS["head_dim"]:
+            for window in _LIMITS["window"]: RopePlayground(theta=theta, head_dim=dim, sections=[], scaling="yarn", factor=32., window=window)

@@ -5,8 +5,16 @@ from typing import Annotated, Literal
 import pytest
 
 from laid_nb.script import (
-    CommandParser, add_command, call_command, command_line, number_list, numbers, parameter_comments, plain_flags,
-    positive, settings_of
+    CommandParser,
+    _parameter_comments,
+    _settings_of,
+    add_command,
+    call_command,
+    command_line,
+    number_list,
+    numbers,
+    plain_flags,
+    positive,
 )
 
 
@@ -23,7 +31,9 @@ def bake(
     return cake, layers, kind, sizes, warm, candles, names
 
 
-def mix(*things: str, **settings): "Mix things."; return things, settings
+def mix(*things: str, **settings):
+    "Mix things."
+    return things, settings
 
 
 @pytest.fixture
@@ -36,7 +46,7 @@ def run():
 
 
 def test_comments_are_those_of_the_signature():
-    assert parameter_comments(bake)["cake"] == 'what is baked, "#1"' and parameter_comments(bake)["warm"] == "served at once"
+    assert _parameter_comments(bake)["cake"] == 'what is baked, "#1"' and _parameter_comments(bake)["warm"] == "served at once"
 
 
 def test_a_command_calls_its_function_with_the_same_values(run):
@@ -65,4 +75,4 @@ def test_the_line_of_a_call_makes_the_call(run):
 def test_readers_leave_values_alone():
     assert number_list([3, 1]) == [1, 3] and positive(4) == 4 and numbers("A:B", int, int)((1, 2)) == (1, 2)
     with pytest.raises(argparse.ArgumentTypeError): numbers("A:B", int, int)("1")
-    with pytest.raises(ValueError, match="stands behind no flag"): settings_of(["x", "--y"])
+    with pytest.raises(ValueError, match="stands behind no flag"): _settings_of(["x", "--y"])

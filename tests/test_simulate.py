@@ -7,7 +7,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 
 from laid_nb.capture import capture
 from laid_nb.simulate import (
-    WindowSimulation, asked_rows, gap_positions, image_groups, multiplicity_bias, multiplicity_factors
+    WindowSimulation,
+    asked_rows,
+    gap_positions,
+    image_groups,
+    multiplicity_bias,
+    multiplicity_factors,
 )
 
 START, END, IMAGE, PAD = 1, 2, 3, 0

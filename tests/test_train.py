@@ -2,28 +2,34 @@
 import copy
 import json
 import math
-import random
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
-from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    TrainerCallback,
+)
 
 from laid_nb import align, losses
+from laid_nb.align import needle_pair, needle_scores
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
 from laid_nb.haystack import picture_haystack
-from laid_nb.recompose import PicturePool, unlabelled
+from laid_nb.inputs import OURS, HaystackCollator, image_inputs, precompute, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
+from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
+from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
-from laid_nb.align import needle_pair, needle_scores
-from laid_nb.inputs import HaystackCollator, OURS, SizeSampler, image_inputs, precompute, read_groups, read_positions
-from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, add_lora, lora_state, merged
-from laid_nb.recompose import Recomposed, PieceEncoder
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
@@ -89,43 +95,10 @@ def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().valu
 
 
 # --- data ---------------------------------------------------------------------
-def test_a_padded_batch_reads_as_its_samples_do(processor, haystacks, tiny):
-    model, collate = tiny("student").double().eval(), HaystackCollator(processor)
-    batch = collate(haystacks[:3])
-    with torch.no_grad():
-        together = model(**image_inputs(model, batch, "student"), position_ids=read_positions(model, batch)).logits
-        for i, h in enumerate(haystacks[:3]):
-            alone = collate([h])
-            logits = model(**image_inputs(model, alone, "student")).logits[0]  # positions are the model's own here
-            torch.testing.assert_close(together[i, :len(logits)], logits)
-
-
-def test_collator_keeps_at_most_the_turns_asked_for(processor, haystacks):
-    batch = HaystackCollator(processor, turns=2)(haystacks[:2])
-    assert [len(n) for n in batch["needles"]] == [2, 2] and batch["turn"].max() == 1
-
-
-def test_sampler_batches_equal_sizes_and_visits_each_once():
-    sizes = [i % 5 for i in range(50)]
-    for epoch in range(3):
-        order = list(SizeSampler(sizes, 10, 1, lambda: epoch))
-        assert sorted(order) == list(range(50)) and all(len({sizes[i] for i in order[b:b + 10]}) == 1 for b in range(0, 50, 10))
-
-
-def test_sampler_leaves_the_short_batch_for_the_end():
-    order = list(SizeSampler([1]*6 + [2]*5, 3, 0, lambda: 0))
-    assert sorted(order) == list(range(11)) and all(i >= 6 for i in order[-2:])
-
-
 def test_precomputed_features_give_the_losses_of_the_pixels(trainer, pool, haystacks):
     runs = [trainer(data=data, max_gap=100, max_multiplicity=4) for data in (pool, haystacks)]
     for r in runs: r.train()
     for name in ("loss_sft", "loss_kl", "loss_laid"): assert logged(runs[0], name) == pytest.approx(logged(runs[1], name), rel=1e-4)
-
-
-def test_features_of_another_model_are_refused(pool, tiny):
-    wrong = {k: v for k, v in pool[0].items()} | {"student_features": pool[0]["teacher_features"]}
-    with pytest.raises(ValueError, match="student_features have shape"): image_inputs(tiny("student"), wrong, "student")
 
 
 # --- the loss -----------------------------------------------------------------
@@ -236,7 +209,8 @@ def test_teacher_and_student_read_the_same_window(trainer):
     for model in (made.model, made.teacher):
         model.model.language_model.register_forward_pre_hook(lambda m, a, kw: read.append((kw["position_ids"], made.caches)), with_kwargs=True)
     plain = [read_positions(made.model, made.data_collator([s])).max() for s in made.train_dataset]
-    made.start(); read.clear()
+    made.start()
+    read.clear()
     super(LaidTrainer, made).train()
     (positions_s, caches), (positions_t, _) = read
     assert torch.equal(positions_s, positions_t) and positions_s.max() > max(plain)
@@ -261,7 +235,9 @@ def test_the_teachers_share_comes_from_one_method(trainer):
     "What `read_teacher` gives is all that is used of the teacher: handed back, it stands in for the forward pass."
     runs, share = [trainer(method="laid+", max_gap=100, max_multiplicity=4, max_steps=3) for _ in range(2)], {}
     first, second = runs
-    def keep(*args): share[first.place] = type(first).read_teacher(first, *args); return share[first.place]
+    def keep(*args):
+        share[first.place] = type(first).read_teacher(first, *args)
+        return share[first.place]
     first.read_teacher = keep
     def hand_back(*args): return share[second.place]
     second.read_teacher = hand_back
@@ -285,7 +261,8 @@ def test_what_moves_and_what_does_not(trainer, tiny):
 def test_mixing_has_its_own_learning_rate(trainer):
     made = trainer(learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
-    start = trainer(); start.start()
+    start = trainer()
+    start.start()
     assert [g["lr"] for g in made.optimizer.param_groups] == [0, 0, .1]
     assert not torch.equal(mixing_of(made)["1-2"].q_convex, mixing_of(start)["1-2"].q_convex)
 
@@ -427,47 +404,6 @@ def test_recompose_is_refused():
         with pytest.raises(ValueError, match=words): LaidConfig(use_cpu=True, **settings)
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_seen_encoder_is_precompute(processor, haystacks, pool, tiny, known):
-    collate = HaystackCollator(processor, turns=2)
-    made = PicturePool(haystacks).haystack(4, 3, random.Random(0)) if not known else replace(haystacks[5], images=haystacks[5].images[::-1] + haystacks[0].images)
-    slow, = precompute([made], collate, tiny("student"), tiny("teacher"), progress=False)
-    fast = PieceEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
-    assert fast.keys() == slow.keys() and (fast["needles"], fast["haystack"]) == (slow["needles"], slow["haystack"]) and len(fast["needles"]) == 2
-    for name in slow.keys() - {"needles", "haystack"}:
-        assert fast[name].dtype == slow[name].dtype
-        torch.testing.assert_close(fast[name], slow[name], **{} if "features" in name else dict(rtol=0, atol=0))
-
-
-def test_seen_encoder_neither_draws_nor_renders_nor_tokenises_again(processor, haystacks, pool, monkeypatch):
-    encode_seen, calls = PieceEncoder(pool, HaystackCollator(processor)), []
-    encode_seen(haystacks[0])
-    for owner, name in ((type(processor), "__call__"), (type(processor), "apply_chat_template"), (type(processor.tokenizer), "__call__"), (type(haystacks[0]), "image")):
-        monkeypatch.setattr(owner, name, lambda *a, name=name, **k: calls.append(name))
-    again = encode_seen(haystacks[0])
-    assert not calls and torch.equal(again["input_ids"], pool[0]["input_ids"])
-
-
-def test_a_template_that_counts_pictures_is_refused(processor, haystacks, tiny):
-    counting = copy.deepcopy(processor)
-    counting.chat_template = counting.chat_template.replace("<|vision_start|>", "dog{{ loop.index0 }}<|vision_start|>")
-    assert counting.chat_template != processor.chat_template
-    collate = HaystackCollator(counting)
-    with pytest.raises(ValueError, match="cannot be put together from pieces"): PieceEncoder(precompute(haystacks[:2], collate, tiny("student"), progress=False), collate)
-
-
-@pytest.mark.parametrize("data", ["pixels", "features"])
-def test_recomposed_samples_depend_on_seed_epoch_and_index_alone(processor, haystacks, pool, data):
-    source, collate = haystacks if data == "pixels" else pool, HaystackCollator(processor)
-    stack = lambda s: s["haystack"] if isinstance(s, dict) else s
-    read = lambda seed, epoch, order: {i: stack(made[i]) for made in [Recomposed(source, .5, collate, seed, lambda: epoch)] for i in order}
-    first, n = read(0, 0, range(12)), len(source)
-    assert first == read(0, 0, reversed(range(12))) and first != read(0, 1, range(12)) and first != read(1, 0, range(12))
-    fresh = [i for i in range(n) if first[i] != haystacks[i]]
-    assert 0 < len(fresh) < n and all([len(first[i].images), len(first[i].questions)] == [len(haystacks[i].images), 3] for i in range(n))
-    assert all(q.answer is None for i in fresh for q in first[i].questions)
-
-
 @pytest.mark.parametrize("data", [None, "pixels"])
 def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch, data):
     from laid_nb import train
@@ -554,18 +490,20 @@ def test_lora_changes_the_text_layers_alone_and_by_its_rank(trainer, tiny, metho
 
 def test_lora_is_what_its_formula_says(tiny):
     model = tiny("student").double()
-    adapters = add_lora(model, 3)
+    adapters = _add_lora(model, 3)
     for layer in adapters.values(): layer.lora_B["default"].weight.data.normal_()
     name, layer = next(iter(adapters.items()))
     x, W, A, B = torch.randn(5, 64).double(), layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x), x @ (W + 2*B @ A).T + layer.base_layer.bias)
-    with merged(model, adapters): torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x)); assert type(model.get_submodule(name)) is torch.nn.Linear
+    with _merged(model, adapters):
+        torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x))
+        assert type(model.get_submodule(name)) is torch.nn.Linear
     assert model.get_submodule(name) is layer
 
 
 def test_lora_of_a_bf16_student_learns_in_float32(trainer, tiny):
     made = trainer(tiny("student").bfloat16(), tiny("teacher").bfloat16(), method="kd", lora_rank=2)
-    assert {p.dtype for p in lora_state(made.model).values()} == {torch.float32}
+    assert {p.dtype for p in _lora_state(made.model).values()} == {torch.float32}
     made.train()
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
 
@@ -598,7 +536,7 @@ def test_lora_resume_is_refused(trainer, tiny, tmp_path):
 def test_lora_is_refused(trainer):
     with pytest.raises(ValueError, match="would not reach the adapters"): LaidConfig(use_cpu=True, method="laid+", lora_rank=8)
     with pytest.raises(ValueError, match="lora_rank is -1"): LaidConfig(use_cpu=True, lora_rank=-1)
-    with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
+    with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): _add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
     made = trainer(method="sft", lora_rank=2)
     made.train()
     with pytest.raises(RuntimeError, match="merged into its student"): made.train()

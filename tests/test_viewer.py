@@ -11,6 +11,8 @@ from laid_nb.haystack import Question, picture_haystack
 from laid_nb.store import data_path
 from laid_nb.viewer import HaystackViewer, ImageAttention, _mosaic, look, plot_haystack, read_attention
 
+MODELS = "teacher", "student", "distilled"
+
 @pytest.fixture(scope="module")
 def processor(): return AutoProcessor.from_pretrained(data_path("anchors", "student"))
 
@@ -28,57 +30,72 @@ def made(haystack, name="teacher", layers=2, heads=3, words=4, seed=0):
     n, rng = len(haystack.images), torch.Generator().manual_seed(seed)
     shares = torch.rand(len(haystack.questions), words, layers, heads, n + 1, generator=rng).softmax(-1)[..., :n]
     log_p = torch.tensor([[-.1, -3.]]*len(haystack.questions))
-    return ImageAttention(name, haystack.id, tuple((q.text, *"abcdefgh"[:words - 1]) for q in haystack.questions), shares, log_p, torch.tensor([q.answer for q in haystack.questions]))
+    texts = tuple((q.text, *"abcdefgh"[:words - 1]) for q in haystack.questions)
+    right = torch.tensor([q.answer for q in haystack.questions])
+    return ImageAttention(name, haystack.id, texts, shares, log_p, right)
 
 @pytest.fixture(scope="module")
 def stacks(): return [picture_haystack(0, 6, 3, "val"), picture_haystack(0, 9, 2, "val")]
 
 @pytest.fixture
-def viewer(stacks): return HaystackViewer(stacks, [made(h, name, layers, seed=i) for h in stacks for i, (name, layers) in enumerate((("teacher", 4), ("student", 2)))])
+def viewer(stacks):
+    models = (0, "teacher", 4), (1, "student", 2)
+    return HaystackViewer(stacks, [made(h, name, layers, seed=seed) for h in stacks for seed, name, layers in models])
 
 # ---- reading
 
 @pytest.fixture(scope="module")
 def eager(processor, haystack):
-    "Attention and log-probabilities of the whole prompts by transformers' eager attention, and the image of each token."
-    model = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "student"), attn_implementation="eager").eval()
-    out = []
+    "Attention and log-probabilities of whole prompts by transformers' eager attention, and the image of each token."
+    path = data_path("anchors", "student")
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager").eval()
+    start, end, patch = (getattr(model.config, f"{x}_token_id") for x in ("vision_start", "vision_end", "image"))
+    images, out = [haystack.image(i) for i in range(len(haystack.images))], []
     for q in haystack.questions:
         content = [{"type": "image"}]*len(haystack.images) + [{"type": "text", "text": q.text}]
-        text = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True)
-        inputs = processor(text=[text], images=[haystack.image(i) for i in range(len(haystack.images))], return_tensors="pt")
-        with torch.no_grad(): found = model(**inputs, output_attentions=True)
+        messages = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        inputs = processor(text=[text], images=images, return_tensors="pt")
+        with torch.no_grad():
+            found = model(**inputs, output_attentions=True)
         image, at = [], -1
         for token in inputs["input_ids"][0].tolist():
-            if token == model.config.vision_start_token_id: at += 1
-            image.append(at if token in (model.config.vision_start_token_id, model.config.vision_end_token_id, model.config.image_token_id) else -1)
+            at += token == start
+            image.append(at if token in (start, end, patch) else -1)
         out.append((torch.stack(found.attentions)[:, 0], torch.tensor(image), found.logits[0, -1].log_softmax(-1)))
     return out
 
 def test_attention_is_eager_attention_summed_over_each_image(reading, eager, haystack):
     for turn, (attention, image, _) in enumerate(eager):
         words = len(reading.words[turn])
-        expected = torch.stack([attention[:, :, -words:, image == i].sum(-1) for i in range(len(haystack.images))], -1)  # [layers, heads, words, images]
-        torch.testing.assert_close(reading.at(turn), expected.movedim(2, 0), rtol=1e-4, atol=1e-5)
+        shares = [attention[:, :, -words:, image == i].sum(-1) for i in range(len(haystack.images))]
+        expected = torch.stack(shares, -1).movedim(2, 0)  # [words, layers, heads, images]
+        torch.testing.assert_close(reading.at(turn), expected, rtol=1e-4, atol=1e-5)
 
 def test_answers_are_those_of_the_whole_prompt(reading, eager, processor):
     ids = [processor.tokenizer(w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No")]
     torch.testing.assert_close(reading.log_p, torch.stack([log_p[ids] for *_, log_p in eager]), rtol=1e-4, atol=1e-4)
 
-def test_answers_are_those_of_ask(reading, model, processor, haystack): torch.testing.assert_close(reading.log_p, ask(model, processor, haystack)[0], rtol=1e-4, atol=1e-4)
+def test_answers_are_those_of_ask(reading, model, processor, haystack):
+    torch.testing.assert_close(reading.log_p, ask(model, processor, haystack)[0], rtol=1e-4, atol=1e-4)
 
-def test_right_is_right(reading, haystack): assert reading.right.tolist() == [bool(yes > no) == q.answer for (yes, no), q in zip(reading.log_p, haystack.questions)]
+def test_right_is_right(reading, haystack):
+    expected = [bool(yes > no) == q.answer for (yes, no), q in zip(reading.log_p, haystack.questions)]
+    assert reading.right.tolist() == expected
 
 def test_words_are_the_question(reading, haystack):
     for q, words in zip(haystack.questions, reading.words): assert q.text in "".join(words)
 
 def test_shorter_questions_have_zeros_in_front(reading):
     longest = reading.attention.shape[1]
-    for turn, words in enumerate(reading.words): assert not reading.attention[turn, :longest - len(words)].any() and reading.at(turn).sum((1, 2, 3)).min() > 0
+    for turn, words in enumerate(reading.words):
+        assert not reading.attention[turn, :longest - len(words)].any()
+        assert reading.at(turn).sum((1, 2, 3)).min() > 0
 
 def test_questions_without_a_known_answer_are_refused(model, processor, haystack):
     unknown = replace(haystack, questions=(Question("cat", "dog", "single", None, (0,)),))
-    with pytest.raises(ValueError, match="has the answer None: the viewer shows yes/no questions"): read_attention(model, processor, unknown, "student")
+    with pytest.raises(ValueError, match="has the answer None: the viewer shows yes/no questions"):
+        read_attention(model, processor, unknown, "student")
 
 def test_a_file_holds_it_all(reading, tmp_path):
     reading.save(tmp_path/"r.safetensors")
@@ -87,23 +104,29 @@ def test_a_file_holds_it_all(reading, tmp_path):
     torch.testing.assert_close(again.attention, reading.attention, rtol=1e-3, atol=1e-6)
     assert torch.equal(again.log_p, reading.log_p) and torch.equal(again.right, reading.right)
 
-def test_another_file_is_refused(): 
-    with pytest.raises(ValueError, match="holds no ImageAttention"): ImageAttention.load(data_path("spectra", "pair.safetensors"))
+def test_another_file_is_refused():
+    with pytest.raises(ValueError, match="holds no ImageAttention"):
+        ImageAttention.load(data_path("spectra", "pair.safetensors"))
 
 @pytest.mark.parametrize("size, seed", [(20, 2), (50, 4)])
 def test_shipped_files_are_of_their_haystacks(size, seed):
     h = picture_haystack(seed, size, 6, "val")
-    HaystackViewer([h], [ImageAttention.load(data_path("spectra", f"viewer-{name}-{size}.safetensors")) for name in ("teacher", "student", "distilled")])
+    files = [data_path("spectra", f"viewer-{name}-{size}.safetensors") for name in MODELS]
+    HaystackViewer([h], [ImageAttention.load(file) for file in files])
 
 def test_a_shipped_file_is_what_the_model_does(model, processor):
-    shipped, again = ImageAttention.load(data_path("spectra", "viewer-student-20.safetensors")), read_attention(model, processor, picture_haystack(2, 20, 6, "val"), "student")
+    shipped = ImageAttention.load(data_path("spectra", "viewer-student-20.safetensors"))
+    again = read_attention(model, processor, picture_haystack(2, 20, 6, "val"), "student")
     torch.testing.assert_close(again.attention, shipped.attention, rtol=1e-2, atol=1e-3)
     assert torch.equal(again.right, shipped.right)
 
 # ---- choosing
 
-@pytest.mark.parametrize("eyes, expected", [(dict(token=1, layer=0, head=2), lambda x: x[1, 0, 2]), (dict(token="answer", layer="mean", head=1), lambda x: x[-1, :, 1].mean(0)), (dict(token=0, layer="mean", head="mean"), lambda x: x[0].mean((0, 1))),
-                                            (dict(token=2, layer=1, head="mean"), lambda x: x[2, 1].mean(0))])
+@pytest.mark.parametrize("eyes, expected", [
+    (dict(token=1, layer=0, head=2), lambda x: x[1, 0, 2]),
+    (dict(token="answer", layer="mean", head=1), lambda x: x[-1, :, 1].mean(0)),
+    (dict(token=0, layer="mean", head="mean"), lambda x: x[0].mean((0, 1))),
+    (dict(token=2, layer=1, head="mean"), lambda x: x[2, 1].mean(0))])
 def test_look_takes_what_is_named(stacks, eyes, expected):
     r = made(stacks[0])
     torch.testing.assert_close(look(r, 1, (0,), **eyes)[0], expected(r.attention[1]))
@@ -122,16 +145,19 @@ def test_look_says_what_it_chose(stacks):
     assert look(r, 0, (1,), 1, 1, 2)[1] == "at “a”, layer 1, head 2"
     assert look(r, 0, (1,), "answer", "mean", "mean")[1] == "at the answer, mean of all heads"
 
-def test_look_at_a_layer_that_is_not_there(stacks): assert look(made(stacks[0]), 0, (0,), layer=3) == (None, "has no layer 3")
+def test_look_at_a_layer_that_is_not_there(stacks):
+    assert look(made(stacks[0]), 0, (0,), layer=3) == (None, "has no layer 3")
 
 # ---- state
 
 def test_controls_offer_what_there_is(viewer, stacks):
     offered = lambda name: [value for _, value in viewer.controls[name].options]
     assert offered("haystack") == [h.id for h in stacks] and offered("question") == [0, 1, 2]
-    assert offered("token") == ["best", "answer", 0, 1, 2, 3] and offered("layer") == ["best", "mean", 0, 1, 2, 3] and offered("head") == ["best", "mean", 0, 1, 2]
+    assert offered("token") == ["best", "answer", 0, 1, 2, 3]
+    assert offered("layer") == ["best", "mean", 0, 1, 2, 3] and offered("head") == ["best", "mean", 0, 1, 2]
 
-@pytest.mark.parametrize("name, value", [("question", 2), ("token", "answer"), ("token", 3), ("layer", "mean"), ("layer", 3), ("head", 1)])
+@pytest.mark.parametrize("name, value", [
+    ("question", 2), ("token", "answer"), ("token", 3), ("layer", "mean"), ("layer", 3), ("head", 1)])
 def test_code_moves_the_control(viewer, name, value):
     before = viewer.picture.value
     setattr(viewer, name, value)
@@ -146,7 +172,8 @@ def test_a_control_sets_the_state(viewer, name, value):
 def test_another_haystack_keeps_what_it_has(viewer, stacks):
     viewer.show(question=2, layer=1)
     viewer.controls["haystack"].value = stacks[1].id
-    assert viewer.state == dict(haystack=stacks[1].id, question=0, token="best", layer=1, head="best") and len(viewer.controls["question"].options) == 2
+    assert viewer.state == dict(haystack=stacks[1].id, question=0, token="best", layer=1, head="best")
+    assert len(viewer.controls["question"].options) == 2
 
 def test_show_changes_all_at_once(viewer, stacks):
     viewer.show(haystack=stacks[1].id, question=1, head="mean")
@@ -154,15 +181,18 @@ def test_show_changes_all_at_once(viewer, stacks):
 
 def test_one_change_draws_once(viewer, stacks, monkeypatch):
     drawn = []
-    monkeypatch.setattr(viewer, "_show", lambda: drawn.append(viewer.state))
+    monkeypatch.setattr(viewer, "show_picture", lambda: drawn.append(viewer.state))
     viewer.question = 2
     viewer.haystack = stacks[1].id                                         # takes the question with it
     viewer.show(question=1, layer="mean")
     viewer.show(question=1)
     assert len(drawn) == 3
 
-@pytest.mark.parametrize("state, message", [(dict(question=3), "question is 3, expected one of 0, 1, 2"), (dict(question=-1), "question is -1"), (dict(layer=4), "layer is 4, expected one of best, mean, 0, 1, 2, 3"), (dict(head="worst"), "head is 'worst'"),
-                                            (dict(token=True), "token is True"), (dict(haystack="x"), "haystack is 'x', expected one of val-single-6-0, val-single-9-0"), (dict(model=1), "no choice 'model': one of haystack")])
+@pytest.mark.parametrize("state, message", [
+    (dict(question=3), "question is 3, expected one of 0, 1, 2"), (dict(question=-1), "question is -1"),
+    (dict(layer=4), "layer is 4, expected one of best, mean, 0, 1, 2, 3"), (dict(head="worst"), "head is 'worst'"),
+    (dict(token=True), "token is True"), (dict(model=1), "no choice 'model': one of haystack"),
+    (dict(haystack="x"), "haystack is 'x', expected one of val-single-6-0, val-single-9-0")])
 def test_what_is_not_there_is_refused(viewer, state, message):
     before = viewer.state
     with pytest.raises(ValueError, match=message): viewer.show(**state)
@@ -172,10 +202,17 @@ def test_a_trait_is_refused_alike(viewer):
     with pytest.raises(ValueError, match="layer is 9"): viewer.layer = 9
     assert viewer.layer == "best"
 
+def other_words(haystack):
+    "As another tokenizer would cut them."
+    read = made(haystack, "other")
+    return replace(read, words=tuple((first + "!", *rest) for first, *rest in read.words))
+
 @pytest.mark.parametrize("readings, message", [
-    (lambda s: [made(s[0])], "nobody read haystack 'val-single-9-0'"), (lambda s: [made(h) for h in s] + [made(s[0])], "have the same name: teacher, teacher"),
-    (lambda s: [made(h) for h in s] + [replace(made(s[0]), haystack="y")], "teacher read haystack 'y', which is not among"), (lambda s: [made(s[1]), replace(made(s[1]), haystack=s[0].id)], "read other images or questions"),
-    (lambda s: [made(s[1]), made(s[0]), replace(made(s[0], "other"), words=tuple((w[0] + "!", *w[1:]) for w in made(s[0]).words))], "needs one tokenizer")])
+    (lambda s: [made(s[0])], "nobody read haystack 'val-single-9-0'"),
+    (lambda s: [made(h) for h in s] + [made(s[0])], "have the same name: teacher, teacher"),
+    (lambda s: [made(h) for h in s] + [replace(made(s[0]), haystack="y")], "read haystack 'y', which is not among"),
+    (lambda s: [made(s[1]), replace(made(s[1]), haystack=s[0].id)], "read other images or questions"),
+    (lambda s: [made(s[1]), made(s[0]), other_words(s[0])], "needs one tokenizer")])
 def test_readings_must_fit(stacks, readings, message):
     with pytest.raises(ValueError, match=message): HaystackViewer(stacks, readings(stacks))
 
@@ -187,13 +224,15 @@ def test_haystacks_need_ids_of_their_own(stacks):
 def texts(figure): return [t.get_text() for t in figure.texts]
 
 def test_answers_stand_beside_the_names(stacks):
-    wrong = replace(made(stacks[0], "student"), log_p=torch.tensor([[-2., -.2]]*3), right=torch.zeros(3, dtype=torch.bool))
+    no = torch.tensor([[-2., -.2]]*3)
+    wrong = replace(made(stacks[0], "student"), log_p=no, right=torch.zeros(3, dtype=torch.bool))
     found = texts(plot_haystack(stacks[0], [made(stacks[0]), wrong]))
     assert "No (82%), wrong" in found and f"Yes (90%), {'right' if stacks[0].questions[0].answer else 'wrong'}" in found
 
 def test_a_model_without_the_layer_says_so(viewer):
     viewer.layer = 3
-    assert "has no layer 3" in texts(viewer.draw()) and "student says" in viewer.describe() and "has no layer 3" in viewer.describe()
+    assert "has no layer 3" in texts(viewer.draw())
+    assert "student says" in viewer.describe() and "has no layer 3" in viewer.describe()
 
 def test_bars_are_roots_of_the_shares(stacks):
     figure = plot_haystack(stacks[0], [made(stacks[0])], 1, 0, 1, 2)
@@ -223,9 +262,15 @@ def test_thumbnails_stay_legible(images):
 
 def test_static_picture_and_words(viewer):
     bundle = viewer._repr_mimebundle_()
-    assert "image/png" in bundle and bundle["text/plain"].startswith("6 images, For the image with the ") and "teacher says" in bundle["text/plain"] and "student says" in bundle["text/plain"]
+    words = bundle["text/plain"]
+    assert "image/png" in bundle and words.startswith("6 images, For the image with the ")
+    assert "teacher says" in words and "student says" in words
 
 def test_saved_picture(viewer, tmp_path):
     viewer.file.value = str(tmp_path/"p.png")
     viewer.button.click()
     assert (tmp_path/"p.png").read_bytes()[:4] == b"\x89PNG"
+
+def test_names_and_words_of_the_data_are_escaped(stacks):
+    viewer = HaystackViewer(stacks[:1], [made(stacks[0], '<b title="x">')])
+    assert "&lt;b title=" in viewer.picture.value and "<b " not in viewer.picture.value
