@@ -21,6 +21,7 @@ def main(assets, table):
         file = name.replace(" ", "_") + ".png"
         image.resize((SIZE, SIZE), Image.LANCZOS).quantize(128, method=Image.FASTOCTREE).save(OUT/file, optimize=True)
         rows.append((name, file, f"@lobehub/fluent-emoji-3d@1.1.0/assets/{source}"))
-    with open(OUT/"objects.csv", "w", newline="") as f: csv.writer(f, lineterminator="\n").writerows([("name", "file", "source"), *rows])
+    with open(OUT/"objects.csv", "w", newline="") as f:
+        csv.writer(f, lineterminator="\n").writerows([("name", "file", "source"), *rows])
 
 if __name__ == "__main__": main(*sys.argv[1:])

@@ -267,7 +267,7 @@ def _write_response(
     figure.savefig(path, dpi=160)
 
 # %% ../nbs/13_cli.ipynb #inspect-run
-def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict:  # number of images -> list of Haystack
+def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict:  # number of images -> haystacks
     "The haystacks that every model reads."
     if not data: return {n: [picture_haystack(100_000*seed + i, n, 1, "test") for i in range(haystacks)] for n in sizes}
     found = {}

@@ -27,7 +27,7 @@ from transformers import (
 
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config, build_processor
-from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
+from laid_nb.baselines import _sort_images, ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, yarn
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
@@ -428,13 +428,13 @@ def test_sorting_moves_needles_along():
     haystack = picture_haystack(4, 9, 3, "val", "multi")
     shares = torch.tensor([.3, .1, .1, .9, .0, .2, .8, .1, .5])
     for turn, question in enumerate(haystack.questions):
-        better = sort_images(haystack, turn, shares)
+        better = _sort_images(haystack, turn, shares)
         assert better.images == tuple(haystack.images[i] for i in (4, 1, 2, 7, 5, 0, 8, 6, 3))  # equal ones keep their order
         assert {better.images[i] for i in better.questions[0].needles} == {haystack.images[i] for i in question.needles} and list(better.questions[0].needles) == sorted(better.questions[0].needles)
         assert better.questions == (replace(question, needles=better.questions[0].needles),) and better.id == haystack.id
 
 def test_sorting_needs_a_share_for_each_image(haystack):
-    with pytest.raises(ValueError, match=r"shape \(5,\).*6 images"): sort_images(haystack, 0, torch.rand(5))
+    with pytest.raises(ValueError, match=r"shape \(5,\).*6 images"): _sort_images(haystack, 0, torch.rand(5))
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_ask_sorted_by_hand(model, processor, haystack, rounds):
@@ -443,7 +443,7 @@ def test_ask_sorted_by_hand(model, processor, haystack, rounds):
         stack = replace(haystack, questions=(haystack.questions[turn],))
         for _ in range(rounds):
             inputs = prompt(processor, stack)
-            stack = sort_images(stack, 0, eager_shares(model, inputs, read_groups(model, inputs))[0])
+            stack = _sort_images(stack, 0, eager_shares(model, inputs, read_groups(model, inputs))[0])
         torch.testing.assert_close(line, ask(model, processor, stack)[0][0], atol=1e-5, rtol=0)
 
 def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):

@@ -332,10 +332,8 @@ def test_two_models_at_once():
     for m in (a, b):
         with capture(m, "last") as cache: m(**inputs)
         alone.append(cache["k", 1])
-    first = capture(a, "last")
-    ca = first.__enter__()
-    second = capture(b, "last")
-    cb = second.__enter__()
+    first, second = capture(a, "last"), capture(b, "last")
+    ca, cb = first.__enter__(), second.__enter__()
     a(**inputs), b(**inputs)
     first.__exit__(None, None, None)                                          # not in the order of opening
     a.zero_grad(), b(**inputs)

@@ -401,7 +401,7 @@ def test_band_ridge_is_the_real_least_squares_in_each_band():
 
 def test_explained_grows_from_scalar_to_band_to_complex():
     sizes = (4, 6, 2, 3)
-    gram, sq = stats(sizes, spec=SPEC), next(all_batches(sizes))
+    gram = stats(sizes, spec=SPEC)
     share = {}
     for form in FORMS:
         m = HeadMixing(*sizes, "free", form=form, spec=SPEC).double()
