@@ -8,12 +8,10 @@ from safetensors.torch import load_file, save_file
 from transformers.cache_utils import DynamicCache
 
 import common
-from laid_nb.anchors import Conversations, patchify
+from laid_nb.anchors import patchify
 from laid_nb.evaluate import PrefixCache
 from laid_nb.haystack import haystack_fingerprint, render
 from laid_nb.store import prepare_process, tower_fingerprint
-
-DISTILLED = ("SFT + window simulation", "LAid+ + window simulation + recomposed pictures")  # rows of reproduce.json
 
 
 def load_all(named):
@@ -23,6 +21,8 @@ def load_all(named):
     parts = [(name, folder or name) for name, _, folder in (n.partition("=") for n in ("student", "teacher", *named))]
     return {name: common.load(folder) for name, folder in parts}
 
+DISTILLED = ("SFT + window simulation", "LAid+ + window simulation + recomposed pictures")  # rows of reproduce.json
+
 
 @functools.lru_cache(32)
 def _pictures(haystack):
@@ -30,33 +30,28 @@ def _pictures(haystack):
     return np.stack([np.asarray(render(scene)) for scene in haystack.images])
 
 
-def _embedded(model, processor, pictures):
-    "Merged tokens [images, 4, hidden] of some pictures."
-    image = processor.image_processor
-    patches = patchify(pictures, image.image_mean, image.image_std)
-    grid = torch.tensor([[1, 4, 4]]*len(pictures))
-    return torch.cat(list(model.model.get_image_features(patches, grid).pooler_output)).view(len(pictures), 4, -1)
-
-
 @torch.no_grad()
 def embed(model, processor, haystack):
     """Merged tokens of a haystack of scenes, [images, 4, hidden] float32; drawn and embedded once, then read from disk;
     students distilled with a frozen tower share them."""
-    name = f"{haystack_fingerprint(haystack)}-{tower_fingerprint(model)}.safetensors"
-    path = common.WORK/"features"/name
+    path = common.WORK/"features"/f"{haystack_fingerprint(haystack)}-{tower_fingerprint(model)}.safetensors"
     if not path.exists():
-        pieces = np.array_split(_pictures(haystack), -(-len(haystack.images)//50))
-        tokens = torch.cat([_embedded(model, processor, part) for part in pieces])
+        image, parts = processor.image_processor, []
+        for part in np.array_split(_pictures(haystack), -(-len(haystack.images)//50)):
+            patches = patchify(part, image.image_mean, image.image_std)
+            seen = model.model.get_image_features(patches, torch.tensor([[1, 4, 4]]*len(part))).pooler_output
+            parts.append(torch.cat(list(seen)).view(len(part), 4, -1))
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"x": tokens.half()}, path)
+        save_file({"x": torch.cat(parts).half()}, path)
     return load_file(path)["x"].float()
 
 
-@functools.cache
-def _pieces(tokenizer):
+def _pieces(processor):
     "Ids before the first image, and of one image."
-    texts = Conversations(tokenizer)
-    return texts.opening, texts.image
+    chat = [{"role": "user", "content": [{"type": "image"}]}]
+    opening, _ = processor.apply_chat_template(chat, tokenize=False).split("<|vision_start|>")
+    image = "<|vision_start|>" + "<|image_pad|>"*4 + "<|vision_end|>"
+    return [processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (opening, image)]
 
 
 def positions(start, images):
@@ -71,14 +66,14 @@ def positions(start, images):
 def read(model, processor, features):
     """Read the images of some prompts, features [batch, images, 4, hidden] -> what a question continues from. Image i
     is tokens start + 6*i to start + 6*i + 5, its first and last being delimiters."""
-    opening, image = _pieces(processor.tokenizer)
+    opening, image = _pieces(processor)
     batch, n = features.shape[:2]
     ids = torch.tensor(opening + image*n)
     embeds = model.get_input_embeddings()(ids).expand(batch, -1, -1).clone()
     embeds[:, ids == processor.image_token_id] = features.flatten(1, 2)
     place, cache = positions(len(opening), n)[:, None].expand(-1, batch, -1), DynamicCache()
-    model.model.language_model(
-        inputs_embeds=embeds, position_ids=place[..., :-1], past_key_values=cache, use_cache=True)
+    model.model.language_model(inputs_embeds=embeds, position_ids=place[..., :-1], past_key_values=cache,
+                               use_cache=True)
     return PrefixCache(cache, place[:, :1, -1:], len(ids))
 
 
