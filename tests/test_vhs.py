@@ -12,6 +12,7 @@ from laid_nb.vhs import _vhs_name, export_vhs, read_vhs, write_vhs
 
 TURNS = [{"from": "human", "value": "For the image with a dog, is there an umbrella?"}, {"from": "gpt", "value": "yes"}]
 ENTRY = {"conversations": TURNS, "pos_image": ["val2017/a.jpg"], "neg_image": ["val2017/b.jpg", "test2017/c.jpg"]}
+UNKNOWN = Haystack((Scene(("dog",), 0),), (Question("dog", "cup", "single", None, (0,)),), "a")
 LISTED = Haystack((Scene(("dog",), 0),), (Question("dog", "", "list", "a cup", (0,)),), "a")
 
 
@@ -180,7 +181,7 @@ SCENES = (Scene(("dog",), 0),)
 @pytest.mark.parametrize("stacks, part", [
     ([], "no haystacks"), ([picture_haystack(0, 2)]*2, "same id"), ([Haystack((), (), "a")], "0 images"),
     ([Haystack(SCENES, (), "a")], "0 questions"), ([Haystack(SCENES, LISTED.questions, "../a")], "'../a'"),
-    ([LISTED], "yes or no")])
+    ([LISTED], "yes or no"), ([UNKNOWN], "yes or no")])
 def test_unfit_haystacks_are_not_exported(tmp_path, stacks, part):
     with refused(ValueError, part): export_vhs(stacks, tmp_path/"out")
     assert not list(tmp_path.iterdir())
