@@ -17,7 +17,7 @@ from laid_nb.train import LaidConfig, LaidTrainer
 from measure import peak_bytes, seconds, table, write
 
 METHODS = {"SFT": "sft", "SFT + KL": "kd", "LAid": "laid", "LAid+": "laid+"}
-DEPTH = {"teacher": 16, "student": 12}  # widths are the embedded pair's; so few layers as theirs overstate what is done once
+DEPTH = {"teacher": 16, "student": 12}  # widths as in the embedded pair, whose few layers overstate what is done once
 ON_GPU = torch.cuda.is_available()
 
 
@@ -138,4 +138,5 @@ def main():
         write("bench_step" + "_gpu"*ON_GPU, rows, layers=DEPTH, models=models)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
