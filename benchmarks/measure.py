@@ -30,7 +30,8 @@ def seconds(
             start = time.perf_counter()
             call()
             synchronise()
-            if round: times[name].append(time.perf_counter() - start)
+            if round > 0:
+                times[name].append(time.perf_counter() - start)
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -42,18 +43,27 @@ def _resident():
 def peak_bytes(
     call,  # function without arguments
 ) -> int:  # bytes over what was there before
-    "Peak memory of one call: CUDA's own count on a GPU; on a CPU (Linux) resident memory, sampled every millisecond, after a first call that is not counted."
+    "Peak memory of one call, after a first one that is not counted."
     call()
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+    return _peak_on_gpu(call) if torch.cuda.is_available() else _peak_resident(call)
+
+
+def _peak_on_gpu(call):
+    "CUDA's own count."
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def _peak_resident(call):
+    "Resident memory (Linux), sampled every millisecond."
     ctypes.CDLL(None).malloc_trim(0)  # what was freed goes back to the system, so that using it again counts
     before, seen, done = _resident(), [], threading.Event()
+
     def sample():
         while not done.is_set():
             seen.append(_resident())
@@ -73,7 +83,10 @@ def write(
 ) -> Path:
     "Results with the command, versions and hardware that made them."
     path = RESULTS/f"{name}.json"
-    path.write_text(json.dumps(dict(command=shlex.join(["python", *sys.argv]), finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), versions=versions(), hardware=hardware(), **more, rows=rows), indent=1) + "\n", encoding="utf-8")
+    made = dict(command=shlex.join(["python", *sys.argv]),
+                finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                versions=versions(), hardware=hardware())
+    path.write_text(json.dumps(dict(made, **more, rows=rows), indent=1) + "\n", encoding="utf-8")
     print(f"written: {path}")
     return path
 
@@ -82,6 +95,7 @@ def table(
     rows: list[dict],  # the same keys in each
 ) -> str:
     "Rows under their keys, for a terminal."
-    lines = [list(rows[0])] + [[f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()] for row in rows]
+    text = lambda x: f"{x:.3g}" if isinstance(x, float) else str(x)
+    lines = [list(rows[0])] + [[text(x) for x in row.values()] for row in rows]
     width = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, width)) for line in lines)

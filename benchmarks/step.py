@@ -1,6 +1,7 @@
 """One training step of SFT, SFT + KL, LAid and LAid+ on one pair of models: time and peak memory as ratios to SFT + KL,
 beside the floor that no method can beat."""
 import argparse
+import functools
 import tempfile
 import warnings
 
@@ -10,21 +11,21 @@ from transformers.utils import logging
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import picture_haystack
-from laid_nb.losses import supervised_rows
 from laid_nb.inputs import HaystackCollator, image_inputs, precompute, read_positions
+from laid_nb.losses import supervised_rows
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer
 from measure import peak_bytes, seconds, table, write
 
 METHODS = {"SFT": "sft", "SFT + KL": "kd", "LAid": "laid", "LAid+": "laid+"}
-DEPTH = {"teacher": 16, "student": 12}  # widths as in the embedded pair, whose few layers overstate what is done once
-ON_GPU = torch.cuda.is_available()
+DEPTH = {"teacher": 16, "student": 12}  # the embedded pair's few layers would overstate what is done once
 
 
 def model(
     name: str,  # "teacher" or "student"
     processor,
 ) -> Qwen2_5_VLForConditionalGeneration:  # random weights
+    "A model of the pair's widths, as deep as DEPTH says."
     config = anchor_config(name, processor.tokenizer).to_dict()
     config["text_config"] |= dict(num_hidden_layers=DEPTH[name], layer_types=None)
     torch.manual_seed(0)
@@ -39,25 +40,27 @@ def sample(
     "An encoded haystack of 12 questions, its images as both frozen towers see them."
     collate, per_image = HaystackCollator(processor, size=168), 38  # 36 merged patches and two delimiters
     images = max(12, round((tokens - 300)/per_image))
-    haystacks = [picture_haystack(0, images, 12, "train")]
-    return precompute(haystacks, collate, pair["student"], pair["teacher"], progress=False)[0]
+    haystack = picture_haystack(0, images, 12, "train")
+    return precompute([haystack], collate, pair["student"], pair["teacher"], progress=False)[0]
 
 
 def floor(
     pair: dict,  # name -> model
     batch: dict,  # on the device
-):
+):  # -> function without arguments
     "Teacher forward, student forward and backward: stock models, cross-entropy alone."
+    teacher, student = pair["teacher"], pair["student"]
     rows, answers = supervised_rows(batch["labels"])
-    positions, keep = read_positions(pair["student"], batch), rows.any(0).nonzero()[:, 0]
-    how = dict(position_ids=positions, logits_to_keep=keep, use_cache=False)
+    how = dict(position_ids=read_positions(student, batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
+    half = torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available())
+
     def run():
-        with torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=ON_GPU):
+        with half:
             with torch.no_grad():
-                pair["teacher"](**image_inputs(pair["teacher"], batch, "teacher"), **how)
-            logits = pair["student"](**image_inputs(pair["student"], batch, "student"), **how).logits
+                teacher(**image_inputs(teacher, batch, "teacher"), **how)
+            logits = student(**image_inputs(student, batch, "student"), **how).logits
             torch.nn.functional.cross_entropy(logits[0].float(), answers).backward()
-        pair["student"].zero_grad()
+        student.zero_grad()
     return run
 
 
@@ -65,31 +68,30 @@ def step(
     trainer: LaidTrainer,
     batch: dict,  # from the collator
 ):
-    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
-    def run():
-        with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
-            trainer.training_step(trainer.model, dict(batch))
-        trainer.model.zero_grad()
-        for part in trainer.parts:
-            for p in part.parameters():
-                p.grad = None
-    return run
+    "A training step, without that of the optimiser."
+    with torch.autocast(trainer.args.device.type, torch.bfloat16, enabled=trainer.args.bf16):
+        trainer.training_step(trainer.model, dict(batch))
+    trainer.model.zero_grad()
+    for part in trainer.parts:
+        for p in part.parameters():
+            p.grad = None
 
 
-def prepared(
-    method: str,  # a row of METHODS
+def made(
+    method: str,
+    pool: list[dict],  # from `precompute`
     processor,
-    pool: list[dict],  # of samples
-    teacher,  # a model
-) -> LaidTrainer:
-    "A trainer before its first step. Far keys have their whole weight, as at the end of a training."
-    config = LaidConfig(
-        tempfile.mkdtemp(), method=METHODS[method], use_cpu=not ON_GPU, bf16=ON_GPU, report_to="none",
-        disable_tqdm=True, save_strategy="no")
-    student, simulation = model("student", processor), WindowSimulation(ramp=0.0)
-    trainer = LaidTrainer(student, config, pool, processor, teacher=teacher, simulation=simulation)
-    trainer.start()
+    teacher,  # a transformers model
+) -> LaidTrainer:  # ready for its first step
+    "A trainer of one method."
+    gpu = torch.cuda.is_available()
+    config = LaidConfig(tempfile.mkdtemp(), method=method, use_cpu=not gpu, bf16=gpu, report_to="none",
+                        disable_tqdm=True, save_strategy="no")
+    full = WindowSimulation(ramp=0.0)  # every term at full weight from the start
+    trainer = LaidTrainer(model("student", processor), config, pool, processor, teacher=teacher, simulation=full)
     trainer.model.train()
+    trainer.start()
+    trainer.current_gradient_accumulation_steps = 1  # which `train` would set
     return trainer
 
 
@@ -97,45 +99,44 @@ def measure(
     tokens: int,
     repeat: int,  # timed steps of each method
 ) -> list[dict]:  # a row a method
-    processor, device = build_processor(), "cuda" if ON_GPU else "cpu"
+    processor, device = build_processor(), "cuda" if torch.cuda.is_available() else "cpu"
     pair = {name: model(name, processor).to(device) for name in DEPTH}
     pool, calls = [sample(tokens, processor, pair)], {}
-    for name in METHODS:
-        trainer = prepared(name, processor, pool, pair["teacher"])
+    for name, method in METHODS.items():
+        trainer = made(method, pool, processor, pair["teacher"])
         batch = trainer.data_collator(pool)
-        calls[name] = step(trainer, batch)
+        calls[name] = functools.partial(step, trainer, batch)
     pair["student"].get_encoder(modality="image").requires_grad_(False)
     calls["floor"] = floor(pair, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
-    return rows_of(calls, repeat, batch["input_ids"].shape[1])
-
-
-def rows_of(
-    calls: dict,  # method -> what is timed
-    repeat: int,  # timed steps of each method
-    tokens: int,  # that are read
-) -> list[dict]:
-    "Time and memory of each call, and their ratio to SFT + KL."
     time, memory = seconds(calls, repeat), {name: peak_bytes(call) for name, call in calls.items()}
-    ratio = lambda what, name: what[name]/what["SFT + KL"]
-    return [{"tokens": tokens, "method": name, "seconds": time[name], "time / SFT + KL": ratio(time, name),
-             "MB": memory[name]/1e6, "memory / SFT + KL": ratio(memory, name)} for name in calls]
+    against = "SFT + KL"
+    return [{
+        "tokens": batch["input_ids"].shape[1],
+        "method": name,
+        "seconds": time[name],
+        f"time / {against}": time[name]/time[against],
+        "MB": memory[name]/1e6,
+        f"memory / {against}": memory[name]/memory[against],
+    } for name in calls]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    tokens = [1024, 4096, 16384] + [53_000]*ON_GPU
-    parser.add_argument("--tokens", type=int, nargs="+", default=tokens, help="of the haystack that is read")
+    sizes = [1024, 4096, 16384] + [53_000]*torch.cuda.is_available()
+    parser.add_argument("--tokens", type=int, nargs="+", default=sizes, help="of the haystack that is read")
     parser.add_argument("--quick", action="store_true", help="one step of each at 512 tokens; nothing is written")
     args = parser.parse_args()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     rows = []
     for tokens in [512] if args.quick else args.tokens:
-        rows += measure(tokens, 1 if args.quick else 5 if tokens < 10_000 else 2)
+        repeat = 5 if tokens < 10_000 else 2
+        rows += measure(tokens, 1 if args.quick else repeat)
         print(table(rows), flush=True)
-    if not args.quick:
-        models = "Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair"
-        write("bench_step" + "_gpu"*ON_GPU, rows, layers=DEPTH, models=models)
+    if args.quick: return
+    name = "bench_step_gpu" if torch.cuda.is_available() else "bench_step"
+    models = "Qwen2.5-VL classes, random weights (seed 0), widths of the embedded pair"
+    write(name, rows, layers=DEPTH, models=models)
 
 
 if __name__ == "__main__":

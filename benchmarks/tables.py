@@ -23,8 +23,11 @@ def markdown(
 def steps() -> str:
     "Time and memory of a training step by method."
     by_size = {}
-    for r in rows("step"): by_size.setdefault(r["tokens"], {})[r["method"]] = f"{r['time / SFT + KL']:.2f}<br><sub>memory {r['memory / SFT + KL']:.2f}</sub>"
-    return markdown(["tokens", *next(iter(by_size.values()))], [[f"{tokens:,}", *cells.values()] for tokens, cells in by_size.items()])
+    for r in rows("step"):
+        cell = f"{r['time / SFT + KL']:.2f}<br><sub>memory {r['memory / SFT + KL']:.2f}</sub>"
+        by_size.setdefault(r["tokens"], {})[r["method"]] = cell
+    methods = next(iter(by_size.values()))
+    return markdown(["tokens", *methods], [[f"{tokens:,}", *cells.values()] for tokens, cells in by_size.items()])
 
 
 def parts() -> str:
@@ -33,10 +36,17 @@ def parts() -> str:
     for r in rows("spectra"):
         direct = min(("blocked", "skewed"), key=lambda name: r[f"{name}_over_fft"])  # the faster one
         if (r["kv_heads"], r["head_dim"]) == (2, 64):
-            lines.append(["distance response by FFT, 8 heads", f"{r['tokens']:,}", f"{r[f'{direct}_over_fft']:.1f}", f"{r['fft_MiB']/r[f'{direct}_MiB']:.2f}"])
+            times, share = r[f"{direct}_over_fft"], r["fft_MiB"]/r[f"{direct}_MiB"]
+            lines.append(["distance response by FFT, 8 heads", f"{r['tokens']:,}", f"{times:.1f}", f"{share:.2f}"])
     for r in rows("attention"):
-        if r["time ratio"]: lines.append(["attention match in blocks, 8 heads, forward and backward", f"{r['tokens']:,}", f"{1/r['time ratio']:.1f}", f"{r['memory ratio']:.3f}"])
+        if r["time ratio"]:
+            what = "attention match in blocks, 8 heads, forward and backward"
+            lines.append([what, f"{r['tokens']:,}", f"{1/r['time ratio']:.1f}", f"{r['memory ratio']:.3f}"])
     return markdown(["part", "tokens", "times as fast", "share of the memory"], lines)
 
 
-if __name__ == "__main__": (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}", encoding="utf-8")
+def main(): (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

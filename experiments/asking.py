@@ -6,8 +6,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from laid_nb.capture import Cache, capture
 from common import load
+from laid_nb.capture import Cache, capture
 from laid_nb.inputs import precompute_prompts, question_ids, question_text, read_groups, read_positions
 from laid_nb.simulate import asked_rows, multiplicity_factors
 from laid_nb.store import tower_fingerprint

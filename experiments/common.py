@@ -27,7 +27,15 @@ from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
 from laid_nb.parts import StreamPart
 from laid_nb.recompose import unlabelled
 from laid_nb.store import (
-    atomic_write, cores, hardware, load_model, prepare_process, read_json, slug, versions, write_json
+    atomic_write,
+    cores,
+    hardware,
+    load_model,
+    prepare_process,
+    read_json,
+    slug,
+    versions,
+    write_json,
 )
 from laid_nb.train import LaidTrainer, quiet_training
 

@@ -11,8 +11,21 @@ from functools import partial
 import training_free
 from analysis import groups, markdown, plot_lines, results_of, summary
 from common import (
-    QUESTIONS, RESULTS, SEEDS, SIMULATION, SIZES, Run, answers, do_all, finished, log, pictures, shares, spent, tests,
-    write
+    QUESTIONS,
+    RESULTS,
+    SEEDS,
+    SIMULATION,
+    SIZES,
+    Run,
+    answers,
+    do_all,
+    finished,
+    log,
+    pictures,
+    shares,
+    spent,
+    tests,
+    write,
 )
 from laid_nb.accuracy import Results, windows_markdown
 from laid_nb.store import atomic_write, read_json

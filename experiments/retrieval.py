@@ -13,8 +13,8 @@ import torch
 
 import common
 from features import DISTILLED, embed, load_all, read, tails
-from laid_nb.capture import capture
 from laid_nb.accuracy import wilson
+from laid_nb.capture import capture
 from laid_nb.evaluate import answer_ids, continue_prefix
 
 CHUNK, KEEP = 20, (1, 5, 10)  # images of a chunk; images read again

@@ -9,7 +9,6 @@ __all__ = ['PAPER', 'HALF', 'UNMEASURED', 'wilson', 'half_way', 'Answers', 'coun
 
 # %% ../nbs/10_accuracy.ipynb #imports
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from . import __version__
+from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
 from laid_nb.script import (
     CommandParser, add_command, call_command, command_line, number_list, numbers, plain_flags, positive
@@ -22,11 +23,11 @@ from laid_nb.script import (
 from laid_nb.store import (
     EMBEDDED, atomic_write, load_model, model_path, prepare_process, remove_on_failure, save_model, write_json
 )
-from .vhs import file_haystacks
 
 # %% ../nbs/13_cli.ipynb #haystacks
 _Sizes = Annotated[list[int], number_list]  # 1,2,5 or 2-20
 _Count = Annotated[int, positive]
+_Source = Literal[tuple(BENCHMARKS)]
 _Yarn = Annotated[tuple, numbers("FACTOR[:POSITIONS]", float, int)]
 _SelfExtend = Annotated[tuple, numbers("GROUP:WINDOW", int, int)]
 _LogN = Annotated[tuple, numbers("SLOPE:KEYS", float, int)]
@@ -49,6 +50,7 @@ def evaluate(
     model: str,  # a folder, a hub name, or teacher, student or distilled for those that ship
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
+    benchmark: _Source = "vhs",  # what the files are
     pictures: bool = False,  # draw haystacks instead
     sizes: _Sizes = (1, 2, 5, 10, 20, 50, 100, 150),  # images of a drawn haystack, such as 1,2,5 or 2-20
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
@@ -67,27 +69,25 @@ def evaluate(
     plot: str | None = None,  # file .png, .svg or .pdf: also draw accuracy against size
 ):  # -> laid_nb.accuracy.Results
     "Accuracy of a model by haystack size."
-    ways = dict(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
-    ways = {name: given for name, given in ways.items() if given is not None}
+    ways = _given(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
     _check_evaluation(ways, plot, vhs)
     _check_source(data, pictures)
-    haystacks = file_haystacks(data, image_root) if data else drawn_test(sizes, questions, seed, split, kind)
+    haystacks = read_haystacks(data, image_root, benchmark) if data else drawn_test(sizes, questions, seed, split, kind)
     device = prepare_process()
     from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all, read_records
-    from laid_nb.vhs import VHS_PROMPT, write_vhs
+    from laid_nb.vhs import write_vhs
     loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    before = (VHS_PROMPT if data else "") if prompt is None else prompt
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with remove_on_failure(out, keep=lambda path: read_records(path)[1]):
         records = ask_all(loaded.to(device), processor, haystacks, out, model, batch, generate, prompt=before)
     results = Results({model: by_size(records)})
     print(table_text(table_cells(results)))
     if generate:
-        shares = zip(results.sizes, by_size(records, key="compliant").accuracy)
-        print("compliance " + ", ".join(f"{s}: {100*a:.0f}%" for s, a in shares))
+        _print_compliance(records)
     if vhs:
         write_vhs(records, haystacks, vhs)
     if plot:
@@ -97,6 +97,16 @@ def evaluate(
     return results
 
 # %% ../nbs/13_cli.ipynb #eval-checks
+def _print_compliance(records: list[dict]) -> None:
+    "Share of written answers that answer at all, by size."
+    from laid_nb.accuracy import by_size
+    found = by_size(records, key="compliant")
+    print("compliance " + ", ".join(f"{s}: {100*a:.0f}%" for s, a in zip(found.sizes, found.accuracy)))
+
+def _given(**options) -> dict:
+    "Those that were set."
+    return {name: value for name, value in options.items() if value is not None}
+
 def _check_evaluation(
     ways: dict,  # training-free baseline -> its numbers
     plot: str | None,
@@ -168,6 +178,7 @@ def train(
     student: str = "student",  # likewise
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
+    benchmark: _Source = "vhs",  # what the files are
     pictures: bool = False,  # draw haystacks instead
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
@@ -184,7 +195,7 @@ def train(
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
-    stacks = file_haystacks(data, image_root) if data else drawn_training(sizes, haystacks, args.seed, kind)
+    stacks = read_haystacks(data, image_root, benchmark) if data else drawn_training(sizes, haystacks, args.seed, kind)
     model, processor = load_model(student, torch.float32)
     anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(teacher)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
@@ -206,12 +217,13 @@ def spectra(
     seed: int = 0,  # of that haystack
     data: list[str] | None = None,  # read the first haystack of these files instead
     image_root: str | None = None,  # folder that its image paths start from
+    benchmark: _Source = "vhs",  # what the files are
     out: list[str] = ("spectra.png",),  # a figure (.png) or arrays (.npz), or both
 ):  # -> float32 tensor [layers, heads, distances]
     "Response q·k of each head against the distance in tokens."
     for path in out:
         _check_suffix(path, ".png", ".svg", ".pdf", ".npz")
-    haystack = file_haystacks(data, image_root)[0] if data else picture_haystack(seed, images, 1, "test")
+    haystack = read_haystacks(data, image_root, benchmark)[0] if data else picture_haystack(seed, images, 1, "test")
     device = prepare_process()
     import torch
     from laid_nb.capture import capture
@@ -255,11 +267,11 @@ def _write_response(
     figure.savefig(path, dpi=160)
 
 # %% ../nbs/13_cli.ipynb #inspect-run
-def _stacks_by_size(data, image_root, sizes, haystacks, seed) -> dict:  # number of images -> list of Haystack
+def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict:  # number of images -> haystacks
     "The haystacks that every model reads."
     if not data: return {n: [picture_haystack(100_000*seed + i, n, 1, "test") for i in range(haystacks)] for n in sizes}
     found = {}
-    for haystack in file_haystacks(data, image_root):
+    for haystack in read_haystacks(data, image_root, benchmark):
         found.setdefault(len(haystack.images), []).append(haystack)
     return {n: found[n][:haystacks] for n in sorted(found)}
 
@@ -270,6 +282,7 @@ def inspect(
     seed: int = 0,  # of drawn haystacks
     data: list[str] | None = None,  # read haystacks of these files instead
     image_root: str | None = None,  # folder that their image paths start from
+    benchmark: _Source = "vhs",  # what the files are
     out: str = "laid-inspect",  # folder of readings, which are not made twice, and of the notebook that is shown
     port: _Count | None = None,  # of 127.0.0.1 (default any that is free)
     lab: bool = False,  # show it in JupyterLab
@@ -283,7 +296,8 @@ def inspect(
     names, files, device = models or EMBEDDED, {}, None
     for name in names:
         model_path(name)
-    port, stacks = free_port(port), _stacks_by_size(data, image_root, sizes, haystacks, seed)
+    port = free_port(port)
+    stacks = _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed)
     as_shipped = not data and READ == dict(sizes=list(sizes), haystacks=haystacks, seed=seed)
     for name, short in zip(names, short_names(list(names))):
         if as_shipped and name in EMBEDDED:
@@ -319,8 +333,7 @@ def demo(
 ):  # -> Path, the folder of the results
     "Distil the embedded student and measure its window before and after."
     from laid_nb.demo import QUICK, TRAININGS, Demo, run_demo
-    given = {k: v for k, v in dict(questions=questions, steps=steps, seed=seed).items() if v is not None}
-    plan = Demo(**((QUICK if quick else {}) | given))
+    plan = Demo(**((QUICK if quick else {}) | _given(questions=questions, steps=steps, seed=seed)))
     folder = Path(out or ("laid-demo-quick" if quick else "laid-demo"))
     print(f"laid demo {__version__}: how many images can a student search, before and after it learns from its "
           f"teacher?\nTeacher and student answer {plan.questions} questions at each of "

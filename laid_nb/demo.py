@@ -65,7 +65,7 @@ TRAININGS = {  # name -> settings of LaidConfig and WindowSimulation
 }
 
 # %% ../nbs/12f_demo.ipynb #demo-folder
-_OUTPUTS = ("demo.json", "records", "models", "training", "vhs", "results.json", "table.md", "accuracy.png")  # of a demo
+_OUTPUTS = "demo.json", "records", "models", "training", "vhs", "results.json", "table.md", "accuracy.png"
 
 def _claim(
     out: Path,  # folder of the demo

@@ -153,8 +153,8 @@ def _check_question(
         if answer is None: raise ValueError(f"a list question needs its answer: {text!r} cannot stay unlabelled")
         return
     if choices == YES_NO:
-        if isinstance(answer, str): raise ValueError(f"the answer of {text!r} is {answer!r}, not True (yes) or False (no)")
-        return
+        if not isinstance(answer, str): return
+        raise ValueError(f"the answer of {text!r} is {answer!r}, not True (yes) or False (no)")
     if not isinstance(choices, tuple) or not all(isinstance(c, str) and c.strip() for c in choices):
         raise ValueError(f"the choices of {text!r} are a tuple of texts, not {choices!r}")
     if len(set(choices)) < max(len(choices), 2):

@@ -20,7 +20,7 @@ from transformers import TrainerCallback
 from .inspector import Inspector
 from .losses import TERMS
 from laid_nb.mixing_inspector import (
-    check_choice, join_views, kept_weights, pair_specs, plot_energy, plot_response, read_mixing
+    check_choice, join_views, kept_weights, pair_specs, plot_mixture_energy, plot_mixture_response, read_mixing
 )
 from .parts import GainPart, MixingPart
 from .patch import patch
@@ -322,8 +322,8 @@ def plot_training(
     _plot_moved(weights, view, head, step)
     time = view.steps.tolist().index(step)
     times = sorted({0, time})
-    plot_response(response, view, head, times)
-    plot_energy(energy, view, head, times)
+    plot_mixture_response(response, view, head, times)
+    plot_mixture_energy(energy, view, head, times)
     response.set(title=f"mean logit at step {step}", xlabel="distance in tokens, plus one")
     response.legend(fontsize=7, frameon=False, loc="upper right")
     share = view.explained[time, head]

@@ -16,9 +16,44 @@ from dataclasses import dataclass
 import torch
 from matplotlib.figure import Figure
 
-from .patch import patch
+# %% ../nbs/00_rope.ipynb #angles
+def _angles(
+    inv_freq,  # [bands], radians per position
+    axis,  # [bands], the position that each band turns with: 0 = T, 1 = H, 2 = W
+    positions,  # [batch, tokens], or [3, batch, tokens] for T, H, W
+):
+    "Radians by which each band is turned, `[batch, tokens, bands]` float32. ValueError for positions of another shape."
+    if positions.dim() == 2:
+        positions = positions.expand(3, -1, -1)
+    if positions.dim() != 3 or positions.shape[0] != 3:
+        raise ValueError(f"positions have shape {list(positions.shape)}, "
+                         "expected [batch, tokens] or [3, batch, tokens]")
+    by_band = positions.float()[axis.to(positions.device)]  # [bands, batch, tokens]
+    return by_band.movedim(0, -1) * inv_freq.to(positions.device)
+
+# %% ../nbs/00_rope.ipynb #pairs
+def _pairs(
+    x,  # [..., 2 * bands]
+    adjacent,  # pairs (2b, 2b + 1) instead of (b, b + bands)
+):
+    "`[..., bands, 2]`: the two dimensions of each band side by side."
+    return x.unflatten(-1, (-1, 2)) if adjacent else x.unflatten(-1, (2, -1)).mT
+
+def _unpaired(
+    pairs,  # [..., bands, 2]
+    adjacent,  # as in `_pairs`
+):
+    "`[..., 2 * bands]`: the dimensions back in their order."
+    return pairs.flatten(-2) if adjacent else pairs.mT.flatten(-2)
 
 # %% ../nbs/00_rope.ipynb #spec
+def _check_head(x, head_dim):
+    "ValueError unless the last dimension of `x` is a head of this size."
+    if x.shape[-1] != head_dim:
+        raise ValueError(f"x has {x.shape[-1]} dimensions a head (shape {list(x.shape)}), "
+                         f"this RoPE has head_dim {head_dim}")
+
+# %% ../nbs/00_rope.ipynb #rope-spec
 @dataclass(frozen=True)
 class RopeSpec:
     "The rotary embedding of a model (or of one layer of it)."
@@ -39,53 +74,35 @@ class RopeSpec:
     @property
     def wavelength(self): return 2 * math.pi / self.inv_freq  # [bands] positions per full turn
 
-# %% ../nbs/00_rope.ipynb #angles
-@patch
-def angles(self: RopeSpec,
-    positions: torch.Tensor,  # [batch, tokens], or [3, batch, tokens] for T, H, W
-) -> torch.Tensor:  # [batch, tokens, bands] float32
-    "Radians by which each band is turned. ValueError for positions of another shape."
-    if positions.dim() == 2:
-        positions = positions.expand(3, -1, -1)
-    if positions.dim() != 3 or positions.shape[0] != 3:
-        raise ValueError(f"positions have shape {list(positions.shape)}, "
-                         "expected [batch, tokens] or [3, batch, tokens]")
-    by_band = positions.float()[self.axis.to(positions.device)]  # [bands, batch, tokens]
-    return by_band.movedim(0, -1) * self.inv_freq.to(positions.device)
+    def angles(self,
+        positions,  # [batch, tokens], or [3, batch, tokens] for T, H, W
+    ):
+        "Radians by which each band is turned, `[batch, tokens, bands]` float32."
+        return _angles(self.inv_freq, self.axis, positions)
 
-# %% ../nbs/00_rope.ipynb #pairs
-@patch
-def pairs(self: RopeSpec,
-    x: torch.Tensor,  # [..., head_dim]
-) -> torch.Tensor:  # [..., bands, 2]
-    "The turning dimensions by pair; what does not turn is left out. ValueError for a head of another size."
-    if x.shape[-1] != self.head_dim:
-        raise ValueError(f"x has {x.shape[-1]} dimensions a head (shape {list(x.shape)}), "
-                         f"this RoPE has head_dim {self.head_dim}")
-    x = x[..., :self.rotary_dim]
-    return x.unflatten(-1, (-1, 2)) if self.adjacent else x.unflatten(-1, (2, -1)).mT
+    def pairs(self,
+        x,  # [..., head_dim]
+    ):
+        "The turning dimensions as `[..., bands, 2]`; what does not turn is left out."
+        _check_head(x, self.head_dim)
+        return _pairs(x[..., :self.rotary_dim], self.adjacent)
 
-# %% ../nbs/00_rope.ipynb #rotate
-@patch
-def cos_sin(self: RopeSpec,
-    positions: torch.Tensor,  # [batch, tokens], or [3, batch, tokens]
-) -> tuple[torch.Tensor, torch.Tensor]:  # two of [batch, tokens, rotary_dim] float32
-    "cos and sin of each turning dimension, amplitude included, as transformers' rotary modules return them."
-    a = self.angles(positions)
-    a = a.repeat_interleave(2, -1) if self.adjacent else torch.cat([a, a], -1)
-    return a.cos() * self.scaling, a.sin() * self.scaling
+    def cos_sin(self,
+        positions,  # [batch, tokens], or [3, batch, tokens]
+    ):
+        "As transformers' rotary modules return them, amplitude included: two of `[batch, tokens, rotary_dim]` float32."
+        a = _unpaired(self.angles(positions)[..., None].expand(-1, -1, -1, 2), self.adjacent)
+        return a.cos() * self.scaling, a.sin() * self.scaling
 
-@patch
-def rotate(self: RopeSpec,
-    x: torch.Tensor,  # [batch, heads, tokens, head_dim]
-    positions: torch.Tensor,  # [batch, tokens], or [3, batch, tokens]; negative ones turn back
-) -> torch.Tensor:  # [batch, heads, tokens, head_dim]
-    "x turned by `positions`: a pure rotation (amplitude 1), so turns add up and -positions undoes."
-    u, v = self.pairs(x).unbind(-1)  # each [batch, heads, tokens, bands]
-    a = self.angles(positions)[:, None].to(x)
-    turned = torch.stack([u * a.cos() - v * a.sin(), u * a.sin() + v * a.cos()], -1)
-    turned = turned.flatten(-2) if self.adjacent else turned.mT.flatten(-2)
-    return torch.cat([turned, x[..., self.rotary_dim:]], -1)
+    def rotate(self,
+        x,  # [batch, heads, tokens, head_dim]
+        positions,  # [batch, tokens], or [3, batch, tokens]; negative ones turn back
+    ):
+        "x turned by `positions`, same shape: a pure rotation (amplitude 1), so turns add up and -positions undoes."
+        u, v = self.pairs(x).unbind(-1)  # each [batch, heads, tokens, bands]
+        a = self.angles(positions)[:, None].to(x)
+        turned = torch.stack([u * a.cos() - v * a.sin(), u * a.sin() + v * a.cos()], -1)
+        return torch.cat([_unpaired(turned, self.adjacent), x[..., self.rotary_dim:]], -1)
 
 # %% ../nbs/00_rope.ipynb #find
 _source = functools.cache(inspect.getsource)  # of a class, which takes ten times as long as all the rest

@@ -7,8 +7,26 @@ import pytest
 from scipy.stats import binomtest
 
 from laid_nb.accuracy import (
-    HALF, PAPER, UNMEASURED, Results, by_depth, by_size, count, from_bits, half_way, interval, mean_relative_gain,
-    numbers, plot_accuracy, plot_depth, redraws, table_cells, table_markdown, table_text, wilson, windows_markdown
+    HALF,
+    PAPER,
+    UNMEASURED,
+    Results,
+    by_depth,
+    by_size,
+    count,
+    from_bits,
+    half_way,
+    interval,
+    mean_relative_gain,
+    numbers,
+    plot_accuracy,
+    plot_depth,
+    redraws,
+    table_cells,
+    table_markdown,
+    table_text,
+    wilson,
+    windows_markdown,
 )
 
 SIZES = (1, 10, 100)

@@ -2,7 +2,12 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+)
 
 from laid_nb.accuracy import by_size
 from laid_nb.anchors import Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify

@@ -1,7 +1,6 @@
 "Training-free baselines against definitions written out pair by pair, other configs and whole attention matrices."
 import copy
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,19 +11,29 @@ from PIL import Image
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import (AttentionInterface, AttentionMaskInterface, DynamicCache, Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM,
-                          Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    DynamicCache,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config, build_processor
-from laid_nb.baselines import ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, sort_images, yarn
+from laid_nb.baselines import _sort_images, ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, yarn
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
 from laid_nb.rope import RopeSpec
-from laid_nb.inputs import HaystackCollator, image_inputs, precompute_prompts, read_groups, read_positions
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
@@ -217,7 +226,9 @@ def sample(S_q=14, S_k=14, seed=0):
     q, k, v = (torch.randn(2, heads, tokens, 16, generator=g, dtype=torch.float64) for heads, tokens in ((4, S_q), (2, S_k), (2, S_k)))
     t = torch.tensor([0, 1, 2, 2, 2, 2, 4, 9, 9, 9, 9, 11, 30, 31])
     y, x = t.clone(), t.clone()
-    for first in (2, 7): y[first:first + 4] += torch.tensor([0, 0, 1, 1]); x[first:first + 4] += torch.tensor([0, 1, 0, 1])
+    for first in (2, 7):
+        y[first:first + 4] += torch.tensor([0, 0, 1, 1])
+        x[first:first + 4] += torch.tensor([0, 1, 0, 1])
     positions = torch.stack([t, y, x])[:, None].expand(3, 2, -1).clone()
     positions[:, 1] += 3  # the samples of a batch need not agree
     return q, k, v, positions
@@ -417,13 +428,13 @@ def test_sorting_moves_needles_along():
     haystack = picture_haystack(4, 9, 3, "val", "multi")
     shares = torch.tensor([.3, .1, .1, .9, .0, .2, .8, .1, .5])
     for turn, question in enumerate(haystack.questions):
-        better = sort_images(haystack, turn, shares)
+        better = _sort_images(haystack, turn, shares)
         assert better.images == tuple(haystack.images[i] for i in (4, 1, 2, 7, 5, 0, 8, 6, 3))  # equal ones keep their order
         assert {better.images[i] for i in better.questions[0].needles} == {haystack.images[i] for i in question.needles} and list(better.questions[0].needles) == sorted(better.questions[0].needles)
         assert better.questions == (replace(question, needles=better.questions[0].needles),) and better.id == haystack.id
 
 def test_sorting_needs_a_share_for_each_image(haystack):
-    with pytest.raises(ValueError, match=r"shape \(5,\).*6 images"): sort_images(haystack, 0, torch.rand(5))
+    with pytest.raises(ValueError, match=r"shape \(5,\).*6 images"): _sort_images(haystack, 0, torch.rand(5))
 
 @pytest.mark.parametrize("rounds", [1, 2])
 def test_ask_sorted_by_hand(model, processor, haystack, rounds):
@@ -432,7 +443,7 @@ def test_ask_sorted_by_hand(model, processor, haystack, rounds):
         stack = replace(haystack, questions=(haystack.questions[turn],))
         for _ in range(rounds):
             inputs = prompt(processor, stack)
-            stack = sort_images(stack, 0, eager_shares(model, inputs, read_groups(model, inputs))[0])
+            stack = _sort_images(stack, 0, eager_shares(model, inputs, read_groups(model, inputs))[0])
         torch.testing.assert_close(line, ask(model, processor, stack)[0][0], atol=1e-5, rtol=0)
 
 def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):

@@ -1,9 +1,21 @@
 "Capture against eager attention's own weights, in float64, on tiny random models of many families."
-import copy, gc, weakref
-import pytest, torch
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
 from torch.nn.functional import softmax
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, T5Config,
-                          T5ForConditionalGeneration)
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
 from laid_nb import capture as module
 from laid_nb.capture import _extend_heads, capture, captures_of, intercept, residual_streams, text_attentions
 
@@ -320,8 +332,8 @@ def test_two_models_at_once():
     for m in (a, b):
         with capture(m, "last") as cache: m(**inputs)
         alone.append(cache["k", 1])
-    first = capture(a, "last"); ca = first.__enter__()
-    second = capture(b, "last"); cb = second.__enter__()
+    first, second = capture(a, "last"), capture(b, "last")
+    ca, cb = first.__enter__(), second.__enter__()
     a(**inputs), b(**inputs)
     first.__exit__(None, None, None)                                          # not in the order of opening
     a.zero_grad(), b(**inputs)
@@ -332,7 +344,9 @@ def test_two_models_at_once():
 def test_memory_is_released():
     model = build("llama", "sdpa")
     with capture(model) as cache: model(**batch("none"))
-    ref = weakref.ref(cache); del cache, model; gc.collect()
+    ref = weakref.ref(cache)
+    del cache, model
+    gc.collect()
     assert ref() is None
 
 # --- what is in it ----------------------------------------------------------------------------------------------------------------------------
@@ -545,7 +559,9 @@ def test_wrong_factors(padding, always_wide):
 # --- gain -------------------------------------------------------------------------------------------------------------------------------------
 class Scale(torch.nn.Module):
     "One factor per head."
-    def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.tensor([.5, 1., 2., 3.], dtype=torch.float64))
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor([.5, 1., 2., 3.], dtype=torch.float64))
     def forward(self, query): return query * self.weight[:, None, None]
 
 @pytest.mark.parametrize("kind", [dict, torch.nn.ModuleDict])

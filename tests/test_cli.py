@@ -12,7 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, GPT2Config, LlavaConfig, LlavaForConditionalGeneration, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoModelForImageTextToText,
+    GPT2Config,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from laid_nb import __version__, cli, demo, inspector, serve
 from laid_nb.anchors import anchor_config, build_processor
@@ -20,12 +27,11 @@ from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import OURS, encode
 from laid_nb.script import number_list
+from laid_nb.spectra import distance_response
 from laid_nb.store import EMBEDDED, load_model, save_model, slug
 from laid_nb.vhs import export_vhs
-from laid_nb.spectra import distance_response
-from laid_nb.inputs import OURS
 
 
 def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
@@ -412,7 +418,10 @@ def listed(folder="laid-inspect"):
 def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
     read, reads = serve.read_heads, []
     monkeypatch.setattr(serve, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
-    def run(*more): reads.clear(); ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more]); return reads
+    def run(*more):
+        reads.clear()
+        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more])
+        return reads
     assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
     files = listed()
     assert list(files) == ["teacher", "student"] and [inspector.HeadSpectra.load(f).images for f in files["student"]] == [1, 3]

@@ -214,8 +214,9 @@ def test_every_command_and_flag_stands_in_the_reference():
 
 def test_every_setting_of_our_own_stands_in_the_reference():
     from transformers import TrainingArguments
-    from laid_nb.train import LaidConfig
+
     from laid_nb.simulate import WindowSimulation
+    from laid_nb.train import LaidConfig
     page = plain(reference.settings())
     ours = {f.name for c in (LaidConfig, WindowSimulation) for f in dataclasses.fields(c)}
     for field in ours - {f.name for f in dataclasses.fields(TrainingArguments)}: assert f"| `--{field}` |" in page, field

@@ -29,8 +29,8 @@ def run_quick(*argv):
 def read_student():
     "(model, processor, haystack of 30 images with 12 questions, its prompt)"
     from asking import prompts
-    from laid_nb.store import load_model
     from laid_nb.haystack import picture_haystack
+    from laid_nb.store import load_model
     model, processor = load_model("student")
     haystack = picture_haystack(3, 30, 12, "val")
     return model, processor, haystack, prompts(model, processor, [haystack], {})[0]
@@ -57,8 +57,7 @@ def test_questions_read_in_one_pass_get_the_answers_of_questions_asked_alone(rea
 def test_images_side_by_side_stand_where_the_model_itself_puts_them(read_student):
     import why
     from asking import few, read
-    from laid_nb.inputs import encode
-    from laid_nb.inputs import read_positions
+    from laid_nb.inputs import encode, read_positions
     model, processor, haystack, prompt = read_student
     kept = few(prompt, 15)
     alone = read_positions(model, encode(processor, smaller(haystack, kept), [0], answers=False))[:, 0]
@@ -83,8 +82,8 @@ def test_smaller_haystacks_hold_the_needles_and_are_parts_of_larger_ones(read_st
 
 def test_row_weights_are_those_of_eager_attention(read_student):
     from asking import read, row_weights
-    from laid_nb.store import load_model
     from laid_nb.inputs import encode
+    from laid_nb.store import load_model
     model, processor, haystack, prompt = read_student
     reading = read(model, processor, prompt, torch.arange(30), torch.arange(30)*prompt.step, 30*prompt.step)
     eager, _ = load_model("student")
@@ -121,9 +120,8 @@ def test_needle_by_head_is_the_activation_of_a_prompt_with_one_question(read_stu
     import heads
     from asking import read
     from laid_nb.capture import capture
-    from laid_nb.inputs import encode
+    from laid_nb.inputs import encode, read_groups
     from laid_nb.spectra import key_activation
-    from laid_nb.inputs import read_groups
     model, processor, haystack, prompt = read_student
     found = heads.on_needle(read(model, processor, prompt, torch.arange(30), torch.arange(30)*prompt.step, 30*prompt.step))
     sample = encode(processor, haystack, [4], answers=False)

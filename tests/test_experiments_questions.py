@@ -17,9 +17,8 @@ import features
 import leakage
 import retrieval
 from laid_nb.evaluate import ask
-from laid_nb.inputs import read_positions
 from laid_nb.haystack import picture_haystack
-from laid_nb.inputs import encode
+from laid_nb.inputs import encode, read_positions
 
 
 @pytest.fixture(scope="module")

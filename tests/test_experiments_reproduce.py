@@ -16,7 +16,6 @@ import common
 import labels
 import length
 import reproduce
-
 from laid_nb.accuracy import Results, count, wilson
 from laid_nb.haystack import picture_haystack
 
@@ -148,9 +147,10 @@ def test_runs_have_the_names_under_which_the_table_knows_them():
 
 
 def test_every_run_of_the_tables_is_a_valid_config(tmp_path):
+    from transformers import HfArgumentParser
+
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
-    from transformers import HfArgumentParser
     table = [rs[0] for rs in reproduce.runs(RATES, (0,), 300, 417).values()]
     table += [r for ways in labels.runs(RATES, 300, 417, (60,)).values() for r in ways.values()]
     table += [rs[0] for rows in ablation.runs(RATES, 300, 417, (0,)).values() for rs in rows.values()]

@@ -1,8 +1,14 @@
 "RoPE gain against weights scaled by hand, on tiny random models of many families."
-import copy, math, subprocess, sys
-import pytest, torch
-from safetensors.torch import load_file, save_file
+import copy
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
 from laid_nb.capture import capture
 from laid_nb.gain import RopeGain, fold_gain, folded, folded_parameters, plot_gain, rope_gains
 from laid_nb.rope import RopeSpec, rope_spec
@@ -219,7 +225,9 @@ def test_a_gain_between_two_bfloat16_numbers_acts_as_it_is():
 # --- what cannot be folded --------------------------------------------------------------------------------------------------------------------
 class Adapter(torch.nn.Module):
     "As LoRA wraps a layer."
-    def __init__(self, base): super().__init__(); self.base_layer = base
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
     def forward(self, x): return self.base_layer(x)
 
 def wrap(model): model.model.layers[0].self_attn.q_proj = Adapter(model.model.layers[0].self_attn.q_proj)
@@ -257,7 +265,9 @@ def test_families_that_cannot_fold_are_refused(family, settings, message):
 
 def test_a_norm_that_is_not_a_scale_is_refused():
     class Odd(torch.nn.Module):
-        def __init__(self): super().__init__(); self.weight = torch.nn.Parameter(torch.ones(8))
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(8))
         def forward(self, x): return x * self.weight.exp()
     model = build("qwen3")
     model.model.layers[0].self_attn.q_norm = Odd()

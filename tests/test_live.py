@@ -6,13 +6,13 @@ import torch
 from transformers import PrinterCallback
 
 from laid_nb import live
-from laid_nb.store import load_model
 from laid_nb.haystack import picture_haystack
+from laid_nb.inputs import HaystackCollator, precompute
 from laid_nb.live import LiveView, plot_training
 from laid_nb.mixing_inspector import kept_weights, read_mixing
-from laid_nb.inputs import HaystackCollator, precompute
 from laid_nb.parts import MixingPart
 from laid_nb.simulate import WindowSimulation
+from laid_nb.store import load_model
 from laid_nb.train import LaidConfig, LaidTrainer
 
 
@@ -44,7 +44,9 @@ class Shown:
     "Stands for a notebook: counts what is displayed."
     def __init__(self): self.displayed, self.updated = [], []
 
-    def __call__(self, widget, display_id): self.displayed.append(widget); return self
+    def __call__(self, widget, display_id):
+        self.displayed.append(widget)
+        return self
 
     def update(self, widget): self.updated.append(widget._repr_mimebundle_()["image/png"])
 

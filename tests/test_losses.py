@@ -12,11 +12,19 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from laid_nb import losses
-from laid_nb.capture import capture
 from laid_nb.align import needle_attention
+from laid_nb.capture import capture
 from laid_nb.losses import (
-    attention_match_loss, check_same_tokens, fourier_loss, hidden_loss, kl_loss, laid_loss, supervised_rows,
-    total_loss, unit_rms, weighted_power
+    attention_match_loss,
+    check_same_tokens,
+    fourier_loss,
+    hidden_loss,
+    kl_loss,
+    laid_loss,
+    supervised_rows,
+    total_loss,
+    unit_rms,
+    weighted_power,
 )
 from laid_nb.mixing import repeat_kv
 from laid_nb.rope import rope_spec
@@ -443,13 +451,17 @@ def test_attention_match_works_out_only_the_gradients_that_are_wanted(learns):
     x = [t.detach().requires_grad_(l) for t, l in zip(sharp(), (learns[0], learns[0], learns[1], learns[1]))]
     with Products(): attention_match_loss(*x, None).backward()
     assert Products.count == 2 * 2 * (2 + 2 * sum(learns))                       # samples x KV heads x (logits of both + two gradients each)
-    with torch.no_grad(), Products(): Products.count = 0; attention_match_loss(*x, None)
+    with torch.no_grad(), Products():
+        Products.count = 0
+        attention_match_loss(*x, None)
     assert Products.count == 2 * 2 * 2
 
 
 class LiveBytes(TorchDispatchMode):
     "Peak of the bytes that tensors made inside the block hold at a time."
-    def __init__(self): super().__init__(); self.live, self.peak = WeakIdKeyDictionary(), 0
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak = WeakIdKeyDictionary(), 0
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for t in tree_leaves(out):

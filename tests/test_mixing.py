@@ -6,13 +6,36 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, GlmConfig, LlamaConfig, Qwen2_5_VLConfig, Qwen2_5_VLTextConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GlmConfig,
+    LlamaConfig,
+    Qwen2_5_VLConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, apply_rotary_pos_emb
 
 from laid_nb.capture import capture, rotate
 from laid_nb.mixing import (
-    FORMS, Gram, GramStats, HeadMixing, _nonnegative_ridge, _ridge_weights, best_pairs, explained, explained_table,
-    from_bands, head_sizes, layer_pairs, mix, mixing_kind, mixings, plot_weights, repeat_kv, to_bands
+    FORMS,
+    Gram,
+    GramStats,
+    HeadMixing,
+    _nonnegative_ridge,
+    _ridge_weights,
+    best_pairs,
+    explained,
+    explained_table,
+    from_bands,
+    head_sizes,
+    layer_pairs,
+    mix,
+    mixing_kind,
+    mixings,
+    plot_weights,
+    repeat_kv,
+    to_bands,
 )
 from laid_nb.rope import RopeSpec, rope_spec
 
@@ -378,7 +401,7 @@ def test_band_ridge_is_the_real_least_squares_in_each_band():
 
 def test_explained_grows_from_scalar_to_band_to_complex():
     sizes = (4, 6, 2, 3)
-    gram, sq = stats(sizes, spec=SPEC), next(all_batches(sizes))
+    gram = stats(sizes, spec=SPEC)
     share = {}
     for form in FORMS:
         m = HeadMixing(*sizes, "free", form=form, spec=SPEC).double()

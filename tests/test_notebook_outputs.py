@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from check_notebooks import difference, fault, faults, flags, is_run, main, parts, passed_flags, read, run, stored_form
 
 PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="

@@ -2,9 +2,12 @@
 import importlib
 import math
 from dataclasses import replace
-import pytest, torch
+
+import pytest
+import torch
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel
 from transformers.masking_utils import sdpa_mask
+
 from laid_nb.rope import RopeSpec, leakage, plot_bands, resolved_bands, rope_series, rope_spec, shared_rope
 
 SIZES = dict(hidden_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_hidden_layers=2, max_position_embeddings=64)

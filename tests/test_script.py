@@ -5,8 +5,16 @@ from typing import Annotated, Literal
 import pytest
 
 from laid_nb.script import (
-    CommandParser, add_command, call_command, command_line, number_list, numbers, _parameter_comments, plain_flags,
-    positive, _settings_of
+    CommandParser,
+    _parameter_comments,
+    _settings_of,
+    add_command,
+    call_command,
+    command_line,
+    number_list,
+    numbers,
+    plain_flags,
+    positive,
 )
 
 
@@ -23,7 +31,9 @@ def bake(
     return cake, layers, kind, sizes, warm, candles, names
 
 
-def mix(*things: str, **settings): "Mix things."; return things, settings
+def mix(*things: str, **settings):
+    "Mix things."
+    return things, settings
 
 
 @pytest.fixture

@@ -9,10 +9,26 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from laid_nb.capture import capture
 from laid_nb.rope import RopeSpec
 from laid_nb.spectra import (
-    HeadStats, _attention, _attention_sums, _fast_length, _LagSums, attention_by_distance, band_energy,
-    band_response, distance_response, in_bins, key_activation, local_global, log_edges, plot_band_energy,
-    plot_by_distance, plot_distance_response, plot_head_map, plot_key_activation, plot_power_spectrum,
-    power_spectrum, real_tokens
+    HeadStats,
+    _attention,
+    _attention_sums,
+    _fast_length,
+    attention_by_distance,
+    band_energy,
+    band_response,
+    distance_response,
+    in_bins,
+    key_activation,
+    local_global,
+    log_edges,
+    plot_band_energy,
+    plot_by_distance,
+    plot_distance_response,
+    plot_head_map,
+    plot_key_activation,
+    plot_power_spectrum,
+    power_spectrum,
+    real_tokens,
 )
 
 

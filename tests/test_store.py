@@ -5,8 +5,15 @@ import pytest
 import torch
 
 from laid_nb.store import (
-    atomic_write, load_model, model_fingerprint, model_path, read_json, remove_on_failure, slug, tower_fingerprint,
-    write_json
+    atomic_write,
+    load_model,
+    model_fingerprint,
+    model_path,
+    read_json,
+    remove_on_failure,
+    slug,
+    tower_fingerprint,
+    write_json,
 )
 
 

@@ -9,18 +9,27 @@ from dataclasses import replace
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2VLConfig, Qwen2VLForConditionalGeneration, TrainerCallback
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    HfArgumentParser,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    TrainerCallback,
+)
 
 from laid_nb import align, losses
+from laid_nb.align import needle_pair, needle_scores
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
 from laid_nb.haystack import picture_haystack
-from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
+from laid_nb.inputs import OURS, HaystackCollator, image_inputs, precompute, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
+from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
+from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
-from laid_nb.align import needle_pair, needle_scores
-from laid_nb.inputs import HaystackCollator, OURS, image_inputs, precompute, read_groups, read_positions
-from laid_nb.parts import GainPart, LoraPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
@@ -200,7 +209,8 @@ def test_teacher_and_student_read_the_same_window(trainer):
     for model in (made.model, made.teacher):
         model.model.language_model.register_forward_pre_hook(lambda m, a, kw: read.append((kw["position_ids"], made.caches)), with_kwargs=True)
     plain = [read_positions(made.model, made.data_collator([s])).max() for s in made.train_dataset]
-    made.start(); read.clear()
+    made.start()
+    read.clear()
     super(LaidTrainer, made).train()
     (positions_s, caches), (positions_t, _) = read
     assert torch.equal(positions_s, positions_t) and positions_s.max() > max(plain)
@@ -225,7 +235,9 @@ def test_the_teachers_share_comes_from_one_method(trainer):
     "What `read_teacher` gives is all that is used of the teacher: handed back, it stands in for the forward pass."
     runs, share = [trainer(method="laid+", max_gap=100, max_multiplicity=4, max_steps=3) for _ in range(2)], {}
     first, second = runs
-    def keep(*args): share[first.place] = type(first).read_teacher(first, *args); return share[first.place]
+    def keep(*args):
+        share[first.place] = type(first).read_teacher(first, *args)
+        return share[first.place]
     first.read_teacher = keep
     def hand_back(*args): return share[second.place]
     second.read_teacher = hand_back
@@ -249,7 +261,8 @@ def test_what_moves_and_what_does_not(trainer, tiny):
 def test_mixing_has_its_own_learning_rate(trainer):
     made = trainer(learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
-    start = trainer(); start.start()
+    start = trainer()
+    start.start()
     assert [g["lr"] for g in made.optimizer.param_groups] == [0, 0, .1]
     assert not torch.equal(mixing_of(made)["1-2"].q_convex, mixing_of(start)["1-2"].q_convex)
 
@@ -482,7 +495,9 @@ def test_lora_is_what_its_formula_says(tiny):
     name, layer = next(iter(adapters.items()))
     x, W, A, B = torch.randn(5, 64).double(), layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x), x @ (W + 2*B @ A).T + layer.base_layer.bias)
-    with _merged(model, adapters): torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x)); assert type(model.get_submodule(name)) is torch.nn.Linear
+    with _merged(model, adapters):
+        torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x))
+        assert type(model.get_submodule(name)) is torch.nn.Linear
     assert model.get_submodule(name) is layer
 
 

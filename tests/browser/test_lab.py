@@ -1,8 +1,8 @@
 """The notebooks' widgets in JupyterLab, by mouse and keyboard."""
 import json
-import re
 
 import pytest
+
 from conftest import ROOT, changed
 
 

@@ -1,5 +1,6 @@
 """The built site in a browser: nothing from another host, no error, and what a reader does works."""
 import pytest
+
 from conftest import Watched
 
 
