@@ -279,7 +279,8 @@ def tell(p):
         " ".join(f"{f} {p[f]:g}" for f in FACTORS),
         f"seed {p['seed']}: right {trained['short']['accuracy']:.2f}, long {trained['long']['accuracy']:.2f};",
         f"leakage {mean(p['untrained']['short']['apart']):.2f} untrained,",
-        f"{mean(trained['short']['clean']):.2f} trained (with distance 0 {mean(trained['short']['whole']):.2f}; lines alone {levels['series']:.2f},",
+        f"{mean(trained['short']['clean']):.2f} trained (with distance 0 {mean(trained['short']['whole']):.2f};",
+        f"lines alone {levels['series']:.2f},",
         f"noise {levels['flat']:.2f}); {p['seconds']} s")
 
 
