@@ -116,4 +116,5 @@ def main(quick: bool = False, done: bool = False):
         summary=found, answers=said), start)
 
 
-if __name__ == "__main__": main("--quick" in sys.argv, "--done" in sys.argv)
+if __name__ == "__main__":
+    main("--quick" in sys.argv, "--done" in sys.argv)

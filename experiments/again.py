@@ -166,4 +166,5 @@ def main():
     demo()
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

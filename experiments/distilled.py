@@ -68,4 +68,5 @@ def main():
     log("written: data/anchors/distilled, data/spectra/training.safetensors")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -104,4 +104,5 @@ def main():
             slow=SLOW, models=models), start)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -53,4 +53,5 @@ def main(quick: bool = False, done: bool = False):
         training_seconds=spent(trainings), steps=steps, seed=0, summary=found, answers=said), start)
 
 
-if __name__ == "__main__": main("--quick" in sys.argv, "--done" in sys.argv)
+if __name__ == "__main__":
+    main("--quick" in sys.argv, "--done" in sys.argv)

@@ -88,4 +88,5 @@ def main(quick=False):
         write("training_free", found, start)
 
 
-if __name__ == "__main__": main("--quick" in sys.argv)
+if __name__ == "__main__":
+    main("--quick" in sys.argv)

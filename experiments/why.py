@@ -179,4 +179,5 @@ def main():
             models=models), start)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()
