@@ -7,9 +7,6 @@ table's. Of one training the numbers hold, as there is no other to draw; the res
 Of the demo only the numbers of right answers are kept: there each question counts as a haystack of its own, and which
 questions two models have in common is not known."""
 import re
-from dataclasses import replace
-
-import numpy as np
 
 from ablation import PARTS, first_of
 from analysis import results_of, summary
@@ -135,19 +132,11 @@ def ablation(table: Table):
     write_again("ablation", data, kept)
 
 
-def unpaired(
-    models: dict,  # name -> Answers from `count`, whose right answers come first in all of them
-) -> dict:
-    "The same counts, right answers at places of their own for each model, so that redraws have nothing in common."
-    rngs = {name: np.random.default_rng(i) for i, name in enumerate(models)}
-    return {name: replace(a, right=[rngs[name].permuted(r, axis=1) for r in a.right]) for name, a in models.items()}
-
-
 def demo():
     "demo.json, demo.md: of the counts."
     data = read_json(RESULTS/"demo.json")
     counts = {name: count(m["sizes"], m["correct"], m["total"]) for name, m in data["models"].items()}
-    results = Results(unpaired(counts), "student", "teacher")
+    results = Results(counts, "student", "teacher")
     data["models"], data["counted"] = numbers(results), COUNTED
     write_again("demo", data)
     note = f"Accuracy in %, 95% intervals below. Test haystacks were never trained on. {COUNTED}"

@@ -60,6 +60,7 @@ class Answers:
     right: list  # of each size: [trainings, haystacks] right answers
     asked: list  # of each size: [haystacks] questions
     chance: float = 0.5  # accuracy of guessing
+    paired: bool = True  # whether the haystacks of two models are known to be the same
 
     @property
     def correct(self): return np.array([x.sum() for x in self.right])  # [sizes], over all trainings
@@ -84,7 +85,8 @@ def count(
     sizes, correct, total = (np.asarray(x) for x in (sizes, correct, total))
     _check_counts(sizes, correct, total)
     right = [np.arange(n)[None] < k for k, n in zip(correct, total)]
-    return Answers(sizes, [r.astype(int) for r in right], [np.ones(n, dtype=int) for n in total.astype(int)], chance)
+    asked = [np.ones(n, dtype=int) for n in total.astype(int)]
+    return Answers(sizes, [r.astype(int) for r in right], asked, chance, paired=False)
 
 def _check_counts(sizes, correct, total) -> None:
     "`ValueError` for counts that cannot be."
@@ -144,14 +146,16 @@ def from_bits(
 def redraws(
     answers: Answers,
     samples: int = 2000,  # redraws
+    place: int = 0,  # of the model among others; where haystacks are not paired, each has draws of its own
 ) -> np.ndarray:  # [samples, sizes] accuracy on each redraw
     "Accuracy on redrawn trainings, drawn jointly over sizes, and redrawn haystacks, paired between models. Ours."
-    n = answers.trainings
+    n, apart = answers.trainings, [] if answers.paired else [place + 1]
     trainings = np.random.default_rng([0, 1]).multinomial(n, np.full(n, 1/n), samples)/n  # [samples, trainings]
     draws = []
     for size, right, asked in zip(answers.sizes, answers.right, answers.asked):
         h = len(asked)
-        times = np.random.default_rng(int(size)).multinomial(h, np.full(h, 1/h), samples)  # how often each was drawn
+        rng = np.random.default_rng([int(size), *apart] if apart else int(size))
+        times = rng.multinomial(h, np.full(h, 1/h), samples)  # how often each was drawn
         draws.append(((times @ right.T)*trainings).sum(1)/(times @ asked))
     return np.stack(draws, 1)
 
@@ -180,7 +184,7 @@ class Results:
         self.models, self.base, self.anchor, self.sizes = models, base, anchor, first.sizes
         self.half = half_way(first.chance)  # the threshold half-way between chance and perfect
         self.accuracy = {name: answers.accuracy for name, answers in models.items()}  # name -> [sizes]
-        self.draws = {name: redraws(answers, samples) for name, answers in models.items()}  # name -> [samples, sizes]
+        self.draws = {name: redraws(a, samples, i) for i, (name, a) in enumerate(models.items())}  # [samples, sizes]
 
     def at(self, size): return int(np.flatnonzero(self.sizes == size)[0])  # its place among the sizes
 

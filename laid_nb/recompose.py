@@ -35,7 +35,7 @@ class PicturePool:
         self.pictures = list(dict.fromkeys(image for h in haystacks for image in h.images))
         place = {image: i for i, image in enumerate(self.pictures)}
         self.questions = [(q, tuple(place[h.images[n]] for n in q.needles))  # a question, its needles in `pictures`
-                          for h in haystacks for q in h.questions if q.kind != "list"]
+                          for h in haystacks for q in h.questions if q.kind in ("single", "all", "any")]
         if not self.questions:
             raise ValueError(f"none of the {len(self.pictures)} pictures is asked about by yes or no: "
                              "nothing can be put together anew")

@@ -374,3 +374,10 @@ def test_a_second_way_has_the_colour_of_the_first():
     figure = plot_accuracy(Results(dict.fromkeys(("a", "a + b", "c + b"), counts)), dashed=" + b")
     lines = {x.get_label(): (x.get_color(), x.get_linestyle()) for x in figure.axes[0].lines}
     assert [lines[name] for name in ("a", "a + b", "c + b")] == [("C0", "-"), ("C0", "--"), ("C1", "--")]
+
+
+def test_models_of_which_only_counts_are_known_are_not_paired():
+    counts = {name: count([1, 10], [160, 140], [200, 200]) for name in "ab"}
+    difference = Results(counts, "a").difference("b", "a", [1])
+    spread = 1.96*(2*.8*.2/200)**.5  # of two independent shares
+    assert difference[0] == 0 and abs(difference[2] - spread) < .02 and abs(difference[1] + spread) < .02

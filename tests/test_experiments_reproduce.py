@@ -16,7 +16,7 @@ import common
 import labels
 import length
 import reproduce
-from laid_nb.accuracy import Results, count, wilson
+from laid_nb.accuracy import wilson
 from laid_nb.haystack import picture_haystack
 
 RATES = dict.fromkeys(reproduce.METHODS, 1e-3)
@@ -105,14 +105,6 @@ def test_rows_without_answers_are_the_tables_only_where_they_agree(table):
 def test_bounds_of_rows_without_answers_are_marked(window, ratio, shown):
     found = again.marked(dict(window=window, ratio=ratio, trainings=1))
     assert (found["window"], found["ratio"]) == shown and again.marked(found) == found
-
-
-def test_models_of_which_only_counts_are_known_are_not_paired():
-    counts = {name: count([1, 10], [160, 140], [200, 200]) for name in "ab"}
-    models = again.unpaired(counts)
-    assert all((m.correct == counts["a"].correct).all() for m in models.values())
-    apart, joined = (Results(x, "a").difference("b", "a", [1]) for x in (models, counts))
-    assert joined == (0, 0, 0) and apart[1] < -.05 and apart[2] > .05
 
 
 def test_groups_follow_the_order_of_the_answers():
