@@ -33,6 +33,7 @@ class Part:
     unasked = ""  # what is said where a checkpoint has the file and the settings do not ask for the part
     again = ""  # why a finished one cannot be trained on; "" where it can
     holds_student = False  # whether a checkpoint's weights are the student's plus this part, to be loaded by the part
+    options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
 
     def __init__(
@@ -214,6 +215,8 @@ class GainPart(Part):
     "A RoPE gain on the student's queries, folded into its weights at the end. Ours."
     file, missing = "gain.safetensors", "that run trained no gain; use gain=False"
     unasked = "was trained with a gain: go on with gain=True"
+    options = {"gain": (bool | None, None, (
+        "Train a RoPE gain per head and band, folded into the weights at the end. Default: only with laid+."))}
     again = "the gain of this trainer is folded into its student: make another LaidTrainer to train on"
 
     @staticmethod
@@ -309,6 +312,9 @@ class LoraPart(Part):
     "LoRA adapters on the text layers in place of the student's weights, merged at the end (the paper's SFT baseline)."
     file, missing = "lora.safetensors", "that run trained no LoRA adapters; use lora_rank=0"
     unasked = "was trained with LoRA adapters: go on with its lora_rank"
+    options = {"lora_rank": (int, 0, (
+        "Train LoRA adapters of this rank on the text layers, merged at the end, instead of the weights (the paper's "
+        "SFT baseline: 8). 0 is off."))}
     again = "the adapters of this trainer are merged into its student: make another LaidTrainer to train on"
     holds_student = True
 

@@ -24,7 +24,7 @@ from laid_nb.inputs import (
 )
 from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
 from .mixing import FORMS
-from .parts import check_parts, make_parts
+from .parts import PARTS, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
@@ -33,28 +33,32 @@ from .simulate import WindowSimulation, asked_rows
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
 
-def _term_settings() -> type:
-    "A dataclass with the weight and the options of every term: `lambda_kl`, `temperature`, …"
+def _own_settings() -> type:
+    "A dataclass with the weight and the options of every term, and the options of every part: `lambda_kl`, `gain`, …"
     fields = []
     for name, term in TERMS.items():
         default = f"alpha with {', '.join(term.methods)}, else 0" if term.methods else "0"
         text = f"Weight of the term {name}: {term.means}. Default: {default}."
         if name != "sft":  # the rest: 1 - alpha
             fields.append((f"lambda_{name}", float | None, _setting(None, text)))
-        fields += [(key, kind, _setting(value, help)) for key, (kind, value, help) in term.options.items()]
-    return make_dataclass("TermSettings", fields)
+        fields += _fields(term.options)
+    for part in PARTS:
+        fields += _fields(part.options)
+    return make_dataclass("OwnSettings", fields)
+
+def _fields(options: dict) -> list[tuple]:
+    "Options of a term or a part as fields of a dataclass."
+    return [(name, kind, _setting(default, help)) for name, (kind, default, help) in options.items()]
 
 # %% ../nbs/09b_train.ipynb #config
 @dataclass
-class LaidConfig(_term_settings(), TrainingArguments):
+class LaidConfig(_own_settings(), TrainingArguments):
     "Settings of a distillation: `transformers.TrainingArguments`, with the paper's values as defaults, and ours."
     method: Literal[METHODS] = _setting("laid", (
         "Loss terms: answers (sft), answers and the teacher's softened answers (kd), both and Eq. 7 (laid), or all of "
         "these, spectra, attention and gain (laid+)."))
     alpha: float = _setting(0.3, (
         "Share of the distillation in Eq. 8: lambda_SFT = 1 - alpha, the others alpha. 1 trains without labels."))
-    gain: bool | None = _setting(None, (
-        "Train a RoPE gain per head and band, folded into the weights at the end. Default: only with laid+."))
     layers: str = _setting("last", (
         "Layers to align: last (the paper), depth (all, by relative depth), best (all, each with the layer that "
         "explains it best), needle (those that look at the needle), or pairs student:teacher such as 2:3 or 1:1,2:3."))
@@ -68,9 +72,6 @@ class LaidConfig(_term_settings(), TrainingArguments):
     recompose: float = _setting(0.0, (
         "Share of samples whose pictures are put together anew whenever they are read, with the teacher's answer as "
         "the only target."))
-    lora_rank: int = _setting(0, (
-        "Train LoRA adapters of this rank on the text layers, merged at the end, instead of the weights (the paper's "
-        "SFT baseline: 8). 0 is off."))
     learning_rate: float = _setting(1e-5, "Learning rate of the student.")
     num_train_epochs: float = _setting(10.0, "Passes over the haystacks.")
     per_device_train_batch_size: int = _setting(1, "Haystacks per device and micro-batch.")
