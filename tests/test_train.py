@@ -742,3 +742,26 @@ def test_resume_without_mixing_weights(trainer, tmp_path):
 def test_resume_with_other_layers(trainer, tmp_path):
     trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="other layers"): trainer(folder=tmp_path/"b", layers="0:1").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
+# --- biases alone ---------------------------------------------------------------
+@pytest.mark.parametrize("method", ["sft", "laid"])
+def test_biases_alone_move_and_resume_to_the_bit(trainer, tiny, tmp_path, method):
+    settings = dict(method=method, biases_only=True, max_steps=4, save_strategy="steps", save_steps=2, learning_rate=1e-2)
+    whole = trainer(folder=tmp_path/"whole", **settings)
+    whole.train()
+    before = tiny("student").state_dict()
+    moved = {k for k, v in whole.model.state_dict().items() if not torch.equal(v, before[k])}
+    assert moved and all(before[k].ndim == 1 and "visual" not in k for k in moved)
+    again = trainer(folder=tmp_path/"again", **settings)
+    again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+    assert same(whole.model, again.model) and logged(whole, "loss") == logged(again, "loss")
+    assert all(p.requires_grad for n, p in whole.model.named_parameters() if "visual" not in n)
+    with pytest.raises(RuntimeError, match="free again"): whole.train()
+
+
+def test_biases_alone_are_refused_beside_adapters_and_asked_for_on_resume(trainer, tmp_path):
+    with pytest.raises(ValueError, match="lora_rank and biases_only both"): trainer(method="sft", lora_rank=2, biases_only=True)
+    trainer(folder=tmp_path/"a", method="sft", biases_only=True, max_steps=1, save_strategy="steps", save_steps=1).train()
+    with pytest.raises(ValueError, match="go on with biases_only=True"):
+        trainer(folder=tmp_path/"b", method="sft", max_steps=2).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
