@@ -348,6 +348,7 @@ class LoraPart(Part):
 
     def describe(self): return f"LoRA adapters of rank {self.rank} on {len(self.adapters)} layers"
 
+# %% ../nbs/09a_parts.ipynb #same-student
 def _check_same_student(
     own: dict,  # name -> weight, here, adapters merged
     saved: dict,  # name -> weight, in the checkpoint
