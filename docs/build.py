@@ -242,7 +242,7 @@ def folded(
     python = re.sub(r"^\s*[%!].*$", "", source, flags=re.M)  # without magics
     code = [line for line in python.splitlines() if line.strip() and not line.strip().startswith("#")]
     if asked == "false" or not code: return None
-    exported = directive(source, "export") is not None
+    exported = any(directive(source, name) is not None for name in ("export", "exporti"))
     if only_imports(python) and not cell.get("outputs"): return "imports" if exported else "examples"
     share = sum(bool(DRAWS.search(line)) for line in code)/len(code)
     shows = any(kind in output.get("data", {}) for output in cell.get("outputs", []) for kind in PICTURES)

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'TERMS', 'laid_loss', 'weighted_power', 'fourier_loss', 'attention_match_loss', 'image_attention_loss',
-           'unit_rms', 'hidden_loss', 'supervised_rows', 'kl_loss', 'check_same_tokens', 'total_loss', 'Evidence',
-           'Term']
+           'unit_rms', 'hidden_loss', 'supervised_rows', 'kl_loss', 'total_loss', 'Evidence', 'Term']
 
 # %% ../nbs/04_losses.ipynb #imports
 import math

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['real_tokens', 'distance_response', 'band_response', 'position_response', 'power_spectrum', 'band_energy',
-           'AttentionByDistance', 'attention_by_distance', 'local_global', 'HeadStats', 'needle_shares',
-           'key_activation', 'log_edges', 'in_bins', 'plot_distance_response', 'plot_power_spectrum',
-           'plot_band_energy', 'plot_by_distance', 'plot_head_map', 'plot_key_activation']
+           'AttentionByDistance', 'attention_by_distance', 'local_global', 'HeadStats', 'key_activation', 'log_edges',
+           'in_bins', 'plot_distance_response', 'plot_power_spectrum', 'plot_band_energy', 'plot_by_distance',
+           'plot_head_map', 'plot_key_activation']
 
 # %% ../nbs/02_spectra.ipynb #imports
 import math

@@ -26,7 +26,7 @@ def exported_cells(notebook):
     "(cell id, source) of the cells that go into the package."
     for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]:
         source = "".join(cell["source"])
-        if cell["cell_type"] == "code" and re.search(r"^#\|\s*exports?\b", source, re.M): yield cell["id"], source
+        if cell["cell_type"] == "code" and re.search(r"^#\|\s*export[si]?\b", source, re.M): yield cell["id"], source
 
 
 def semicolons(source):
