@@ -195,6 +195,7 @@ def test_every_comment_of_a_parameter_stands_in_the_api(names):
     for name, module in names.modules.items():
         page = plain(reference.api_page(module, {n: ("x", "y") for n in module.__all__}, "x"))
         for function, parameter, comment in comments(ROOT/"laid_nb"/f"{name}.py"):
+            if function.split(".")[0] not in module.__all__: continue  # what only rooms share has no page
             row = re.search(rf"^\| [`*]*{parameter}[`*]* \|.*{re.escape(' '.join(comment.split()))} \|$", page, re.M)
             assert row, f"laid_nb.{name}.{function}: {parameter}: {comment}"
             count += 1
