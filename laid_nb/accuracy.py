@@ -417,10 +417,11 @@ def plot_accuracy(
         if not window.failed:
             axes.plot(window.size, threshold, ">" if window.censored else "|", color=colour, markersize=10,
                       markeredgewidth=2, clip_on=False)
-    axes.axhline(2*results.half - 1, color="0.4", linestyle="--", linewidth=1)
+    chance = 2*results.half - 1
+    axes.axhline(chance, color="0.4", linestyle="--", linewidth=1)
     axes.axhline(threshold, color="0.4", linestyle=":", linewidth=1)
-    axes.set(xscale="log", xlabel="images in the haystack", ylabel="accuracy", ylim=(min(.3, lowest - .02), 1.02),
-             title=title)
+    axes.set(xscale="log", xlabel="images in the haystack", ylabel="accuracy", title=title,
+             ylim=(min(.3, chance - .05, lowest - .02), 1.02))
     axes.set_xticks(results.sizes, [str(s) for s in results.sizes])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)

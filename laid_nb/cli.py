@@ -70,9 +70,9 @@ def evaluate(
 ):  # -> laid_nb.accuracy.Results
     "Accuracy of a model by haystack size."
     ways = _given(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
-    _check_evaluation(ways, plot, vhs)
     _check_source(data, pictures)
     haystacks = read_haystacks(data, image_root, benchmark) if data else drawn_test(sizes, questions, seed, split, kind)
+    _check_evaluation(ways, plot, vhs, haystacks)
     device = prepare_process()
     from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.baselines import evaluate_with
@@ -93,7 +93,7 @@ def evaluate(
     if plot:
         with atomic_write(plot) as part:
             plot_accuracy(results).savefig(part, dpi=160)
-    print("written: " + ", ".join(filter(None, (out, vhs, plot))))
+    print("written: " + ", ".join(str(path) for path in (out, vhs, plot) if path))
     return results
 
 # %% ../nbs/13_cli.ipynb #eval-checks
@@ -111,8 +111,10 @@ def _check_evaluation(
     ways: dict,  # training-free baseline -> its numbers
     plot: str | None,
     vhs: str | None,
+    haystacks: list,
 ) -> None:
-    "`ValueError` for two baselines at once, a figure of another kind, or results that are there."
+    "`ValueError` for two baselines at once, a figure of another kind, or results that are there or not for VHs."
+    from laid_nb.vhs import check_yes_no
     if len(ways) > 1:
         first, second = list(ways)[:2]
         raise ValueError(f"--{second} is not allowed with --{first}: one training-free baseline at a time")
@@ -120,6 +122,8 @@ def _check_evaluation(
         _check_suffix(plot, ".png", ".svg", ".pdf")
     if vhs and Path(vhs).exists():
         raise ValueError(f"{vhs} exists: results for the VHs toolkit are written into a new folder")
+    for haystack in haystacks if vhs else ():
+        check_yes_no(haystack)
 
 # %% ../nbs/13_cli.ipynb #train-config
 def _texts(value) -> list[str]:  # as behind a flag
@@ -149,7 +153,8 @@ def _training_settings(
     from transformers import HfArgumentParser
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
-    flags = [part for name, value in settings.items() for part in (f"--{name}", *_texts(value))]
+    flags = [part for name, value in settings.items() if value is not None
+             for part in (f"--{name}", *_texts(value))]
     parser = HfArgumentParser((LaidConfig, WindowSimulation), prog="laid train", allow_abbrev=False)
     parser.set_defaults(output_dir="laid-runs")
     parser.error = _fail
@@ -240,7 +245,7 @@ def spectra(
     for path in out:
         with atomic_write(path) as part:
             _write_response(part, model, response, about)
-    print("written: " + ", ".join(out))
+    print("written: " + ", ".join(map(str, out)))
     return response
 
 # %% ../nbs/13_cli.ipynb #write-response

@@ -10,6 +10,7 @@ import argparse
 import ast
 import inspect
 import io
+import re
 import shlex
 import textwrap
 import tokenize
@@ -89,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def _help(comment: str, default) -> str:
     "A comment, and the default where it says something that the comment does not."
-    if default in (None, True, False) or "(default" in comment: return comment
+    if default is None or isinstance(default, bool) or "(default" in comment: return comment
     shown = ",".join(map(str, default)) if isinstance(default, (list, tuple)) else default
     return f"{comment} (default {shown})"
 
@@ -146,7 +147,7 @@ def plain_flags(
     "The same arguments with flags spelled one way: `--image-root` is `--image_root`."
     def plain(arg):
         name, equals, value = arg.partition("=")
-        return "--" + name[2:].replace("-", "_") + equals + value if arg.startswith("--") and len(arg) > 2 else arg
+        return "--" + name[2:].replace("-", "_") + equals + value if re.match(r"--[a-z][\w-]*(=|$)", arg) else arg
     return [plain(arg) for arg in argv]
 
 def _settings_of(

@@ -192,13 +192,16 @@ def write_pictures(
         for i, name in enumerate(picture_names(h)):
             h.image(i, size).save(folder/name)
 
-# %% ../nbs/07a_vhs.ipynb #vhs-export
-def _check_yes_no(haystack):
+# %% ../nbs/07a_vhs.ipynb #check-yes-no
+def check_yes_no(
+    haystack,
+) -> None:
     "Refuse questions that VHs cannot ask."
     if not all(isinstance(q.answer, bool) for q in haystack.questions):
         raise ValueError(f"haystack {haystack.id!r} has a question that is not answered by yes or no: "
                          "VHs has none such")
 
+# %% ../nbs/07a_vhs.ipynb #vhs-export
 def _vhs_entry(names, question):
     "One question as VHs stores it; `names` are those of the haystack's images."
     said = {"human": question.text, "gpt": "yes" if question.answer else "no"}
@@ -215,7 +218,7 @@ def export_vhs(
     haystacks, folder, files = list(haystacks), Path(folder), {}
     check_exportable(haystacks, folder)
     for h in haystacks:
-        _check_yes_no(h)
+        check_yes_no(h)
         for q in h.questions:
             name = Path("VHs_qa", _challenge(q), _vhs_name(len(h.images)))
             files.setdefault(name, []).append(_vhs_entry(picture_names(h), q))
@@ -246,7 +249,7 @@ def _check_results(records, stacks, folder):
     missing = sorted(asked - stacks.keys())
     if missing: raise ValueError(f"records of haystack {missing[0]!r}, which is not among those given")
     for name in asked:
-        _check_yes_no(stacks[name])
+        check_yes_no(stacks[name])
 
 def write_vhs(
     records: list[dict],  # from `evaluate`
