@@ -153,8 +153,7 @@ def _training_settings(
     from transformers import HfArgumentParser
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
-    flags = [part for name, value in settings.items() if value is not None
-             for part in (f"--{name}", *_texts(value))]
+    flags = [part for name, value in _given(**settings).items() for part in (f"--{name}", *_texts(value))]
     parser = HfArgumentParser((LaidConfig, WindowSimulation), prog="laid train", allow_abbrev=False)
     parser.set_defaults(output_dir="laid-runs")
     parser.error = _fail
