@@ -178,8 +178,8 @@ def _train_help() -> str:
 
 # %% ../nbs/13_cli.ipynb #train
 def train(
-    teacher: str = "teacher",  # a folder, a hub name, or teacher, student or distilled for those that ship
-    student: str = "student",  # likewise
+    teacher: str = "teacher",  # a folder, a hub name, teacher, student or distilled for those that ship, or self
+    student: str = "student",  # likewise, but for self: the student as it is, frozen
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
     benchmark: _Source = "vhs",  # what the files are
@@ -201,7 +201,7 @@ def train(
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     stacks = read_haystacks(data, image_root, benchmark) if data else drawn_training(sizes, haystacks, args.seed, kind)
     model, processor = load_model(student, torch.float32)
-    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(teacher)
+    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(student if teacher == "self" else teacher)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
         trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
         again = args.resume_from_checkpoint

@@ -28,7 +28,7 @@ from .parts import PARTS, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
-from .simulate import WindowSimulation, asked_rows
+from .simulate import WindowSimulation, asked_rows, thinned_factors
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -227,7 +227,7 @@ class LaidTrainer(Trainer):
             tokenizers = processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None)
             check_pair(model, teacher, *tokenizers)
             _freeze(teacher, args.device)
-        if self.simulates or args.layers == "needle":
+        if self.simulates or self.simulation.thin or args.layers == "needle":
             image_tokens(model)  # refuses a model whose images cannot be told apart
         tower = model.get_encoder(modality="image")
         if tower is not model:
@@ -355,21 +355,24 @@ def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
 def reading(
     self: LaidTrainer,
     batch: dict,  # on the device
-) -> tuple:  # (positions [3, batch, tokens] or [batch, tokens], factors of the bias or None)
+) -> tuple:  # (positions [3, batch, tokens] or [batch, tokens], factors of the student's bias or None, the teacher's)
     "How both models read a micro-batch: as it is, or with the window of this point of the training."
-    position_ids = read_positions(self.model, batch)
-    if not (self.model.training and self.simulates): return position_ids, None
+    position_ids, simulates = read_positions(self.model, batch), self.model.training and self.simulates
+    if not (simulates or self.simulation.thin): return position_ids, None, None
     groups = read_groups(self.model, batch)
-    asked = asked_rows(batch["turn"], batch["needles"], groups)
-    generator = step_generator(self.args.seed, *self.place, self.args.process_index)
-    return self.simulation.sample(groups, asked, position_ids, self.progress, generator)
+    asked, bias = asked_rows(batch["turn"], batch["needles"], groups), None
+    if simulates:
+        generator = step_generator(self.args.seed, *self.place, self.args.process_index)
+        position_ids, bias = self.simulation.sample(groups, asked, position_ids, self.progress, generator)
+    if not self.simulation.thin: return position_ids, bias, bias
+    return position_ids, bias, thinned_factors(groups, asked, batch["turn"], self.simulation.thin)
 
 @patch
 def read_teacher(
     self: LaidTrainer,
     inputs: dict,  # micro-batch, on the device
     how: dict,  # `position_ids`, and the columns of `logits_to_keep`, as the student was called
-    bias,  # factors of the bias that both models read with, or None
+    bias,  # factors of the bias that it reads with, or None
     rows: torch.Tensor,  # bool [batch, tokens]: whose logits are wanted
 ) -> dict[str, torch.Tensor]:  # `logits` [rows, vocabulary], and what each part has `heard`
     "All that the teacher contributes to a micro-batch."
@@ -391,7 +394,7 @@ def evidence(
     "Both models read a micro-batch; to be called while `captured`."
     rows, _ = supervised_rows(inputs["input_ids"].where(inputs["replies"], -100))
     keep = rows.any(0).nonzero()[:, 0]  # columns in which any sample replies
-    position_ids, bias = self.reading(inputs)
+    position_ids, bias, target_bias = self.reading(inputs)
     how = dict(position_ids=position_ids, logits_to_keep=keep, use_cache=False)
     self.caches[0].bias = bias
     outputs = model(**image_inputs(self.model, inputs, "student"), **how)
@@ -399,11 +402,11 @@ def evidence(
         self.args, self.simulation.level(self.progress),
         logits=outputs.logits[rows[:, keep]],  # [tokens of replies, vocabulary]
         answers=inputs["labels"][:, 1:][rows[:, :-1]],  # what the rows should say; -100 where nobody has said
-        mask=inputs["attention_mask"], positions=position_ids, bias=bias, turn=inputs["turn"],
+        mask=inputs["attention_mask"], positions=position_ids, bias=bias, target_bias=target_bias, turn=inputs["turn"],
         groups=lambda: read_groups(self.model, inputs))
     pairs = {}
     if self.teacher is not None:
-        said = self.read_teacher(inputs, how, bias, rows)
+        said = self.read_teacher(inputs, how, target_bias, rows)
         found.teacher_logits = said["logits"]
         for part in self.parts:
             pairs = part.show(found, pairs, said)
