@@ -71,7 +71,8 @@ def defined(
     names = []
     for node in ast.parse(source).body:
         patched = any("patch" in ast.unparse(d) for d in getattr(node, "decorator_list", ()))  # a method of a class
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)) and not patched: names.append(node.name)
+        if patched: continue
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): names.append(node.name)
         elif isinstance(node, ast.Assign):
             parts = [n for target in node.targets for n in ast.walk(target)]
             names += [n.id for n in parts if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]

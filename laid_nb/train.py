@@ -125,6 +125,7 @@ def _check_choices(config: LaidConfig) -> None:
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}: need one of {', '.join(allowed)}")
     numbers = {f"lambda_{name}": weight for name, weight in config.given.items()}
+    numbers |= {"seed": config.seed, "data_seed": config.data_seed or 0}
     for key, (kind, _, _) in [option for term in TERMS.values() for option in term.options.items()]:
         value, allowed = getattr(config, key), get_args(kind)
         if allowed and value not in allowed: raise ValueError(f"{key} is {value!r}: need one of {', '.join(allowed)}")
