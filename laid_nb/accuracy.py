@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'HALF', 'UNMEASURED', 'wilson', 'half_way', 'Answers', 'count', 'by_size', 'from_bits', 'redraws', 'interval',
-           'Results', 'Window', 'Ratio', 'windows_markdown', 'mean_relative_gain', 'table_cells', 'table_text',
+           'Results', 'Share', 'Window', 'Ratio', 'windows_markdown', 'mean_relative_gain', 'table_cells', 'table_text',
            'table_markdown', 'numbers', 'by_depth', 'plot_accuracy', 'plot_depth']
 
 # %% ../nbs/10_accuracy.ipynb #imports
 import math
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -33,11 +34,13 @@ def wilson(
 
 # %% ../nbs/10_accuracy.ipynb #crossing
 def _crossing(sizes, accuracy, threshold):
-    "First crossings of accuracies [..., sizes], clamped to the first and last size -> [...]."
+    """First crossings of accuracies [..., sizes], clamped to the first and last size -> [...]; threshold: a number, or
+    [sizes]."""
     below, logs = accuracy < threshold, np.log(sizes)
     i = np.maximum(below.argmax(-1), min(1, len(sizes) - 1))
-    before, after = (np.take_along_axis(accuracy, j[..., None], -1)[..., 0] for j in (i - 1, i))
-    share = np.divide(before - threshold, before - after, out=np.zeros_like(before), where=before > after).clip(0, 1)
+    above = accuracy - threshold  # [..., sizes]
+    before, after = (np.take_along_axis(above, j[..., None], -1)[..., 0] for j in (i - 1, i))
+    share = np.divide(before, before - after, out=np.zeros_like(before), where=before > after).clip(0, 1)
     inside = np.exp(logs[i - 1] + share*(logs[i] - logs[i - 1]))
     return np.where(~below.any(-1), sizes[-1], np.where(below[..., 0], sizes[0], inside))
 
@@ -45,8 +48,8 @@ def _crossing(sizes, accuracy, threshold):
 PAPER = 0.5  # the paper's threshold
 
 def half_way(
-    chance: float = 0.5,  # accuracy of guessing
-) -> float:
+    chance: float | np.ndarray = 0.5,  # accuracy of guessing, a number or one of each size
+) -> float | np.ndarray:  # likewise
     "The accuracy half-way between chance and perfect."
     return (1 + chance)/2
 
@@ -59,8 +62,11 @@ class Answers:
     sizes: np.ndarray  # [sizes] numbers of images, increasing
     right: list  # of each size: [trainings, haystacks] right answers
     asked: list  # of each size: [haystacks] questions
-    chance: float = 0.5  # accuracy of guessing
-    paired: bool = True  # whether the haystacks of two models are known to be the same
+    chance: float | np.ndarray = 0.5  # accuracy of guessing: a number, or [sizes] where it is not the same
+    haystacks: list | None = None  # of each size: [haystacks] their names; None: not known, so nothing is paired
+
+    @property
+    def paired(self): return self.haystacks is not None  # whether two models can be compared haystack by haystack
 
     @property
     def correct(self): return np.array([x.sum() for x in self.right])  # [sizes], over all trainings
@@ -86,7 +92,7 @@ def count(
     _check_counts(sizes, correct, total)
     right = [np.arange(n)[None] < k for k, n in zip(correct, total)]
     asked = [np.ones(n, dtype=int) for n in total.astype(int)]
-    return Answers(sizes, [r.astype(int) for r in right], asked, chance, paired=False)
+    return Answers(sizes, [r.astype(int) for r in right], asked, chance)
 
 def _check_counts(sizes, correct, total) -> None:
     "`ValueError` for counts that cannot be."
@@ -104,6 +110,7 @@ def by_size(
 ) -> Answers:
     """Answers by number of images. `by_size(records, key="compliant").accuracy` is VHs' compliance rate.
     ValueError for no records, or for trainings that were asked different questions."""
+    if not trainings: raise ValueError("no training to count: give the records of at least one")
     for records in trainings:
         if not records or key not in records[0]:
             hint = " (only generate=True gives 'compliant')" if key == "compliant" else ""
@@ -112,35 +119,42 @@ def by_size(
     if any(m != marks[0] for m in marks):
         raise ValueError("these trainings were not asked the same questions in the same order")
     first = trainings[0]
-    stacks = np.unique([r["haystack"] for r in first], return_inverse=True)[1]
+    stacks = np.array([" ".join((r["haystack"], r.get("fingerprint", ""))) for r in first])
     sizes, place = np.unique([r["size"] for r in first], return_inverse=True)
     bits = np.array([[bool(r[key]) for r in records] for records in trainings])
-    parts = [_by_haystack(bits[:, place == i], stacks[place == i]) for i in range(len(sizes))]
-    chance = float(np.mean([1/len(r.get("choices", ("Yes", "No"))) for r in first]))
-    return Answers(sizes, *map(list, zip(*parts)), chance)
+    guessed = np.array([1/len(r.get("choices", ("Yes", "No"))) for r in first])
+    chance = np.bincount(place, guessed)/np.bincount(place)  # [sizes]
+    return _answers(sizes, [(bits[:, place == i], stacks[place == i]) for i in range(len(sizes))],
+                    float(chance[0]) if np.ptp(chance) < 1e-9 else chance)
 
 def _by_haystack(
     bits: np.ndarray,  # [trainings, questions] bool: right or wrong
     haystacks: np.ndarray,  # [questions] the haystack of each question
-) -> tuple[np.ndarray, np.ndarray]:  # right [trainings, haystacks], asked [haystacks]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # right [trainings, haystacks], asked [haystacks], names [haystacks]
     "Counts by haystack."
-    _, place = np.unique(haystacks, return_inverse=True)
-    return np.stack([np.bincount(place, row) for row in bits]).astype(int), np.bincount(place)
+    names, place = np.unique(haystacks, return_inverse=True)
+    return np.stack([np.bincount(place, row) for row in bits]).astype(int), np.bincount(place), names
 
+def _answers(sizes, parts, chance):
+    "Answers; parts: of each size what `_by_haystack` takes."
+    right, asked, names = map(list, zip(*(_by_haystack(*part) for part in parts)))
+    return Answers(np.asarray(sizes), right, asked, chance, names)
+
+# %% ../nbs/10_accuracy.ipynb #from-bits
 def from_bits(
     trainings: list[dict],  # of each training: {size: "1101…"}, a 1 for each right answer
     haystacks: dict,  # size -> [questions] the haystack of each question
     chance: float = 0.5,  # accuracy of guessing
 ) -> Answers:
-    "Answers from the texts that result files keep. ValueError where there are not as many as questions."
+    "Answers from the texts that result files keep. ValueError where there are not as many as questions, or none."
     sizes = sorted(haystacks)
+    if not trainings or not sizes: raise ValueError(f"nothing to count: {len(trainings)} trainings, {len(sizes)} sizes")
     for size in sizes:
-        if any(len(found[size]) != len(haystacks[size]) for found in trainings):
-            given = [len(found[size]) for found in trainings]
+        given = [len(found.get(size, "")) for found in trainings]
+        if any(n != len(haystacks[size]) for n in given):
             raise ValueError(f"size {size}: {given} answers to {len(haystacks[size])} questions")
     bits = {size: np.array([[c == "1" for c in found[size]] for found in trainings]) for size in sizes}
-    parts = [_by_haystack(bits[size], np.asarray(haystacks[size])) for size in sizes]
-    return Answers(np.array(sizes), *map(list, zip(*parts)), chance)
+    return _answers(sizes, [(bits[size], np.asarray(haystacks[size])) for size in sizes], chance)
 
 # %% ../nbs/10_accuracy.ipynb #redraws
 def redraws(
@@ -171,46 +185,105 @@ class Results:
     "Answers of several models to the same questions, and every statistic read off the same redraws."
     def __init__(
         self,
-        models: dict[str, Answers],  # by name; the same sizes in each
+        models: dict[str, Answers],  # by name; the same sizes, haystacks and chance in each
         base: str | None = None,  # the model the others are compared with
         anchor: str | None = None,  # the model whose gap to the base is to be closed
         samples: int = 2000,  # redraws
     ):
-        first = next(iter(models.values()))
-        for name, answers in models.items():
-            if answers.sizes.tolist() != first.sizes.tolist():
-                raise ValueError(f"{name} was measured at {answers.sizes.tolist()} images, "
-                                 f"others at {first.sizes.tolist()}")
-        self.models, self.base, self.anchor, self.sizes = models, base, anchor, first.sizes
-        self.half = half_way(first.chance)  # the threshold half-way between chance and perfect
-        self.accuracy = {name: answers.accuracy for name, answers in models.items()}  # name -> [sizes]
-        self.draws = {name: redraws(a, samples, i) for i, (name, a) in enumerate(models.items())}  # [samples, sizes]
+        if not models: raise ValueError("no models: give the answers of at least one")
+        first, *others = models
+        for name in others:
+            _check_comparable(first, models[first], name, models[name])
+        for what, name in (("base", base), ("anchor", anchor)):
+            if name is not None and name not in models:
+                raise ValueError(f"{what} {name!r} is not one of the models: {', '.join(models)}")
+        self.models, self.base, self.anchor, self.sizes = _Named(models), base, anchor, models[first].sizes
+        self.half = half_way(models[first].chance)  # half-way between chance and perfect, a number or [sizes]
+        self.accuracy = _Named({name: answers.accuracy for name, answers in models.items()})  # name -> [sizes]
+        self.draws = _Named({name: redraws(a, samples, i) for i, (name, a) in enumerate(models.items())})
+        # draws: name -> [samples, sizes]
 
-    def at(self, size): return int(np.flatnonzero(self.sizes == size)[0])  # its place among the sizes
+class _Named(dict):
+    "What is known of each model, by its name."
+    def __missing__(self, name): raise ValueError(f"no model {name!r}: there are {', '.join(self)}")
+
+def _check_comparable(first, a, name, b):
+    "`ValueError` unless two models were asked the same."
+    if a.sizes.tolist() != b.sizes.tolist():
+        raise ValueError(f"{name} was measured at {b.sizes.tolist()} images, {first} at {a.sizes.tolist()}")
+    if np.shape(a.chance) != np.shape(b.chance) or not np.allclose(a.chance, b.chance):
+        raise ValueError(f"guessing is right with {b.chance} in the questions to {name}, with {a.chance} in those to "
+                         f"{first}: they were not asked the same")
+    if not (a.paired and b.paired): return
+    for i, size in enumerate(a.sizes):
+        same = a.haystacks[i].tolist() == b.haystacks[i].tolist() and a.asked[i].tolist() == b.asked[i].tolist()
+        if not same:
+            raise ValueError(f"{name} was asked about other haystacks of {size} images than {first}: "
+                             "ask both the same questions")
+
+# %% ../nbs/10_accuracy.ipynb #results-at
+@patch
+def at(
+    self: Results,
+    size: int,  # number of images
+) -> int:
+    "The place of a size among those measured. ValueError for another."
+    if size not in self.sizes:
+        raise ValueError(f"{size} images were not measured, only {', '.join(map(str, self.sizes))}")
+    return int(np.flatnonzero(self.sizes == size)[0])
 
 @patch
+def needs(
+    self: Results,
+    *roles: str,  # "base", "anchor"
+) -> None:
+    "ValueError unless these models were named."
+    for role in roles:
+        if getattr(self, role) is None:
+            raise ValueError(f"which model is the {role}? Results(models, {role}=...) names it")
+
+# %% ../nbs/10_accuracy.ipynb #results-interval
+@patch
 def interval(self: Results, name: str, size: int) -> tuple[float, float]:
-    "Of an accuracy: over haystacks and trainings; of one training, never narrower than Wilson's of as many questions."
+    "Of an accuracy: over haystacks and trainings, never narrower than Wilson's of the questions one training answers."
     answers, i = self.models[name], self.at(size)
     low, high = interval(self.draws[name][:, i])
-    if answers.trainings > 1: return low, high
-    l, h = wilson(answers.correct[i], answers.total[i])
+    asked = answers.asked[i].sum()
+    l, h = wilson(round(answers.accuracy[i]*asked), asked)
     return min(low, float(l)), max(high, float(h))
 
 @patch
 def difference(self: Results, name: str, other: str, sizes) -> tuple[float, float, float]:  # value, low, high
-    "Mean difference in accuracy over some sizes, and its paired interval."
+    "Mean difference in accuracy over some sizes, and its paired interval. ValueError for a size not measured."
     places = [self.at(s) for s in sizes]
+    if not places: raise ValueError("a mean difference needs at least one size")
     part = lambda x: (x[name][..., places] - x[other][..., places]).mean(-1)
     return float(part(self.accuracy)), *interval(part(self.draws))
 
+# %% ../nbs/10_accuracy.ipynb #closed
+class Share(NamedTuple):
+    "A share of a gap; str() prints it in percent with its interval."
+    value: float  # nan: there is no gap
+    low: float  # lower end of the interval; nan: open
+    high: float  # upper end, likewise
+
+    def __str__(self):
+        if math.isnan(self.value): return "not measured: no gap"
+        low, high = ("?" if math.isnan(x) else f"{100*x:.0f}" for x in self[1:])
+        return f"{100*self.value:.0f}% [{low}, {high}]"
+
 @patch
-def closed(self: Results, name: str, size: int) -> tuple[float, float, float]:  # share, lower, upper end
-    "Share of the gap between base and anchor that is closed, and its interval."
+def closed(self: Results, name: str, size: int) -> Share:
+    "Share of the gap between base and anchor that is closed. ValueError unless both were named."
+    self.needs("base", "anchor")
     i = self.at(size)
     gap = lambda x, of: x[of][..., i] - x[self.base][..., i]
-    part = lambda x: gap(x, name)/gap(x, self.anchor)
-    return float(part(self.accuracy)), *interval(part(self.draws))
+    whole, drawn = gap(self.accuracy, self.anchor), gap(self.draws, self.anchor)
+    if whole == 0: return Share(math.nan, math.nan, math.nan)
+    there = drawn*np.sign(whole) > 0  # redraws with a gap of this sign
+    share = np.divide(gap(self.draws, name), drawn, out=np.zeros_like(drawn), where=there)
+    ends = interval(np.where(there, share, -1e9))[0], interval(np.where(there, share, 1e9))[1]
+    return Share(float(gap(self.accuracy, name)/whole), *(x if abs(x) < 1e6 else math.nan for x in ends))
 
 # %% ../nbs/10_accuracy.ipynb #window
 UNMEASURED = "not measured: give more sizes"
@@ -221,7 +294,7 @@ class Window:
     size: float  # the estimate, between the first and the last measured size
     low: float  # lower end of the interval
     high: float  # upper end
-    threshold: float  # accuracy that ends the window
+    threshold: float | tuple  # accuracy that ends the window, or that of each size
     censored: bool  # accuracy never fell below the threshold: `size` is a lower bound
     failed: bool  # accuracy was below it at the first size: `size` is an upper bound
     ends: tuple[float, float]  # first and last measured size
@@ -231,14 +304,16 @@ class Window:
         "Whether some redraws end inside the measured sizes."
         return self.ends[0] < self.ends[1] and not (self.low >= self.ends[1] or self.high <= self.ends[0])
 
-    def _shown(self, x: float) -> str:
-        if x <= self.ends[0] and (self.failed or x < self.size): return f"<{x:.3g}"
+    def _shown(self, x: float, cut: bool) -> str:
+        "A number of images; cut: at the first size it is a bound."
+        if cut and x <= self.ends[0]: return f"<{x:.3g}"
         return f"≥{x:.3g}" if x >= self.ends[1] else f"{x:.3g}"
 
     def __str__(self):
+        size = self._shown(self.size, self.failed)
         if self.ends[0] == self.ends[1]: return UNMEASURED
-        if not self.measured: return f"{self._shown(self.size)} {UNMEASURED}"
-        return f"{self._shown(self.size)} [{self._shown(self.low)}, {self._shown(self.high)}]"
+        if not self.measured: return f"{size} {UNMEASURED}"
+        return f"{size} [{self._shown(self.low, True)}, {self._shown(self.high, self.failed)}]"
 
 @patch
 def windows(self: Results, name: str, threshold: float | None = None) -> np.ndarray:  # [samples], clamped to the sizes
@@ -249,12 +324,14 @@ def windows(self: Results, name: str, threshold: float | None = None) -> np.ndar
 def window(self: Results, name: str, threshold: float | None = None) -> Window:  # None: half-way from chance to perfect
     """Largest haystack up to which the accuracy, interpolated in log size, stays at or above the threshold.
     (Threshold 0.5: paper; the rest ours.)"""
-    threshold = self.half if threshold is None else threshold
-    if not 0 < threshold <= 1: raise ValueError(f"threshold is an accuracy over 0 and up to 1, not {threshold}")
-    accuracy, sizes = self.accuracy[name], self.sizes.astype(float)
+    threshold = np.asarray(self.half if threshold is None else threshold)
+    if not ((threshold > 0) & (threshold <= 1)).all():
+        raise ValueError(f"threshold is an accuracy over 0 and up to 1, not {threshold}")
+    accuracy, sizes, below = self.accuracy[name], self.sizes.astype(float), self.accuracy[name] < threshold
     low, high = interval(self.windows(name, threshold))
-    return Window(float(_crossing(sizes, accuracy, threshold)), low, high, threshold,
-                  bool((accuracy >= threshold).all()), bool(accuracy[0] < threshold), (sizes[0], sizes[-1]))
+    ended = tuple(threshold.tolist()) if threshold.ndim else float(threshold)
+    return Window(float(_crossing(sizes, accuracy, threshold)), low, high, ended, not below.any(), bool(below[0]),
+                  (sizes[0], sizes[-1]))
 
 # %% ../nbs/10_accuracy.ipynb #ratio
 @dataclass(frozen=True)
@@ -266,9 +343,11 @@ class Ratio:
     bound: str  # "": an estimate; "≥" or "≤": a bound; "?": both windows out of sight, the value says nothing
     low_bound: str = ""  # the same of the lower end
     high_bound: str = ""  # and of the upper one
+    measured: bool = True  # whether either window was
 
     def __str__(self):
         if self.bound == "?": return UNMEASURED
+        if not self.measured: return f"{self.bound}{self.value:.2f} {UNMEASURED}"
         return f"{self.bound}{self.value:.2f} [{self.low_bound}{self.low:.2f}, {self.high_bound}{self.high:.2f}]"
 
 def _bound(
@@ -280,6 +359,7 @@ def _bound(
 @patch
 def ratio(self: Results, name: str, threshold: float | None = None) -> Ratio:  # None: half-way from chance to perfect
     "How many times longer a model's effective window is than the base's, on the same redraws. Ours."
+    self.needs("base")
     first, last = self.sizes[0], self.sizes[-1]
     own, base = (self.window(n, threshold) for n in (name, self.base))
     above, below = (self.windows(n, threshold) for n in (name, self.base))
@@ -288,7 +368,8 @@ def ratio(self: Results, name: str, threshold: float | None = None) -> Ratio:  #
     ends = interval(draws)
     larger, smaller = interval(np.where(at_least, 1e9, draws)), interval(np.where(at_most, 0, draws))
     marks = [_bound(large > end, small < end) for end, large, small in zip(ends, larger, smaller)]
-    return Ratio(own.size/base.size, *ends, _bound(own.censored or base.failed, base.censored or own.failed), *marks)
+    bound = _bound(own.censored or base.failed, base.censored or own.failed)
+    return Ratio(own.size/base.size, *ends, bound, *marks, own.measured or base.measured)
 
 # %% ../nbs/10_accuracy.ipynb #over
 _THRESHOLDS = (.5, .6, .7, .75, .8, .9)
@@ -325,13 +406,17 @@ def mean_relative_gain(
     return {"short": mean(1, 20), "long": mean(50, 150)}
 
 # %% ../nbs/10_accuracy.ipynb #table
+def _at(threshold):
+    "What a threshold is called in the head of a table."
+    return "half-way" if np.ndim(threshold) else f"at {threshold:.2f}"
+
 def table_cells(
     results: Results,
 ) -> list[list[tuple[str, str]]]:  # rows of (estimate, interval), the header first
     "Accuracies in percent, the effective windows half-way and at 0.5, and the ratio of the first to that of the base."
     base, half = results.base, results.half
     times = [f"times {base}'s"] if base else []
-    header = ["images", *map(str, results.sizes), f"window at {half:.2f}", *times, f"window at {PAPER:.2f}"]
+    header = ["images", *map(str, results.sizes), f"window {_at(half)}", *times, f"window {_at(PAPER)}"]
     rows = [[(h, "") for h in header]]
     for name in results.models:
         ends = [results.interval(name, s) for s in results.sizes]
@@ -368,14 +453,15 @@ def numbers(
     "Counts, intervals, windows, ratios and relative gains of each model."
     accuracy = {name: dict(zip(results.sizes.tolist(), a.tolist())) for name, a in results.accuracy.items()}
     share = lambda x: None if math.isnan(x) else x
+    thresholds = {"half-way" if np.ndim(t) else str(t): t for t in (results.half, PAPER)}
     def one(name, answers):
         base = results.base and accuracy[results.base]
         gain = mean_relative_gain(base, accuracy[name]) if base and all(base.values()) else {}
         return dict(
             sizes=list(accuracy[name]), correct=answers.correct.tolist(), total=answers.total.tolist(),
             accuracy=list(accuracy[name].values()), interval=[list(results.interval(name, s)) for s in results.sizes],
-            window={str(t): asdict(results.window(name, t)) for t in (results.half, PAPER)},
-            ratio={str(t): asdict(results.ratio(name, t)) for t in (results.half, PAPER)} if base else None,
+            window={k: asdict(results.window(name, t)) for k, t in thresholds.items()},
+            ratio={k: asdict(results.ratio(name, t)) for k, t in thresholds.items()} if base else None,
             gain={k: share(v) for k, v in gain.items()} or None)
     return {name: one(name, answers) for name, answers in results.models.items()}
 
@@ -396,9 +482,16 @@ def by_depth(
     return sizes, correct, total
 
 # %% ../nbs/10_accuracy.ipynb #plot-accuracy
+def _plot_level(axes, sizes, level, style):
+    "A line at one accuracy, or at that of each size."
+    if np.ndim(level):
+        axes.plot(sizes, level, style, color="0.4", linewidth=1)
+    else:
+        axes.axhline(level, color="0.4", linestyle=style, linewidth=1)
+
 def plot_accuracy(
     results: Results,
-    threshold: float | None = None,  # its windows are marked; None: half-way from chance to perfect
+    threshold: float | np.ndarray | None = None,  # its windows are marked; None: half-way from chance to perfect
     title: str = "",  # above the axes
     dashed: str | None = None,  # a name that ends in this is drawn dashed, in the colour of the name without it
 ) -> Figure:
@@ -415,13 +508,15 @@ def plot_accuracy(
                   label=name)
         window, lowest = results.window(name, threshold), min(lowest, *low)
         if not window.failed:
-            axes.plot(window.size, threshold, ">" if window.censored else "|", color=colour, markersize=10,
+            ends = np.broadcast_to(threshold, results.sizes.shape)
+            height = np.interp(np.log(window.size), np.log(results.sizes), ends)
+            axes.plot(window.size, height, ">" if window.censored else "|", color=colour, markersize=10,
                       markeredgewidth=2, clip_on=False)
     chance = 2*results.half - 1
-    axes.axhline(chance, color="0.4", linestyle="--", linewidth=1)
-    axes.axhline(threshold, color="0.4", linestyle=":", linewidth=1)
+    for line, style in ((chance, "--"), (threshold, ":")):
+        _plot_level(axes, results.sizes, line, style)
     axes.set(xscale="log", xlabel="images in the haystack", ylabel="accuracy", title=title,
-             ylim=(min(.3, chance - .05, lowest - .02), 1.02))
+             ylim=(min(.3, np.min(chance) - .05, lowest - .02), 1.02))
     axes.set_xticks(results.sizes, [str(s) for s in results.sizes])
     axes.minorticks_off()
     axes.spines[["top", "right"]].set_visible(False)
