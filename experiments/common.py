@@ -33,6 +33,7 @@ from laid_nb.store import (
     load_model,
     prepare_process,
     read_json,
+    save_model,
     slug,
     versions,
     write_json,
@@ -168,8 +169,7 @@ def train(
     start, processor = time.time(), pair()["processor"]
     trained = quiet_training(student, processor, pool_of(run), pair()["teacher"], trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
-        student.save_pretrained(part)
-        processor.save_pretrained(part)
+        save_model(student, processor, part)
         seconds = round(time.time() - start)
         write_json(part/"run.json", dict(run=asdict(run), seconds=seconds, log=trained.state.log_history))
     return run.folder
