@@ -778,7 +778,7 @@ def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor
     (base/"config.json").write_text(json.dumps(config))
     student, own = load_model(str(base))
     made = LaidTrainer(student, LaidConfig(str(tmp_path/"run"), method="sft", max_steps=1, save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
-                                           per_device_train_batch_size=2, gradient_accumulation_steps=1, learning_rate=1e-3), haystacks[:2], own)
+                                           per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, learning_rate=1e-3), haystacks[:2], own)
     made.train()
     save_model(student, own, tmp_path/"saved")
     for folder in (tmp_path/"run/checkpoint-1", tmp_path/"saved"):
