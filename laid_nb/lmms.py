@@ -4,21 +4,25 @@
 
 # %% auto #0
 __all__ = ['documents', 'doc_to_messages', 'doc_to_visual', 'doc_to_text', 'process_results', 'drawn_documents', 'vhs_documents',
-           'file_documents', 'LmmsModel', 'lmms_models']
+           'file_documents', 'LmmsModel', 'lmms_models', 'read_samples', 'paired_interval', 'paired_differences',
+           'difference_cells']
 
 # %% ../nbs/10b_lmms.ipynb #imports
 import json
 import os
+import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from .accuracy import interval
 from .benchmarks import BENCHMARKS, read_haystacks
 from .evaluate import read_answer
 from .haystack import Haystack, drawn_test
-from .inputs import messages
+from .inputs import messages, no_thought
 from .patch import patch
 from .store import load_model, prepare_process
 
@@ -174,7 +178,7 @@ def answer(
         if part["type"] not in ("text", "image"): raise ValueError(f"the model laid reads no {part['type']}")
     text = self.processor.apply_chat_template(
         [turn | {"content": [{k: v for k, v in part.items() if k != "url"} for part in turn["content"]]}
-         for turn in chat], tokenize=False, add_generation_prompt=True)
+         for turn in chat], tokenize=False, add_generation_prompt=True, **no_thought(self.processor))
     images = [part["url"] for part in parts if part["type"] == "image"]
     inputs = self.processor(text=[text], images=images or None, return_tensors="pt").to(self.model.device)
     settings = _greedy(self.model, self.processor.tokenizer, asked)
@@ -205,3 +209,81 @@ def lmms_models():  # -> lmms_eval.models.registry_v2.ModelManifest
     "The model `laid`, for the entry point `lmms_eval.models`."
     from lmms_eval.models.registry_v2 import ModelManifest
     return ModelManifest(model_id="laid", chat_class_path="laid_nb.lmms.Laid")
+
+# %% ../nbs/10b_lmms.ipynb #samples
+_RUN = re.compile(r"(?:.*_)?samples_(?P<task>.+)\.jsonl")
+_NOT_SCORES = ("doc_id", "target", "resps", "filtered_resps", "token_counts", "doc_hash", "input", "doc", "arguments")
+
+def _score(value):
+    "A metric of one question as a number, or None: some tasks wrap it in a dictionary with the field `score`."
+    value = value.get("score") if isinstance(value, dict) else value
+    return float(value) if isinstance(value, (bool, int, float)) else None
+
+def read_samples(
+    folder: str | Path,  # --output_path of lmms-eval with --log_samples
+) -> dict:  # task -> {number of the question: (what was asked and should be answered, {metric: score})}
+    "What one run of lmms-eval says of each question. ValueError for a folder without logs, or with two of one task."
+    found = {}
+    for path in sorted(Path(folder).rglob("*samples_*.jsonl")):
+        task = _RUN.fullmatch(path.name)["task"]
+        if task in found: raise ValueError(f"{folder} has two logs of {task}: give the folder of one run")
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        found[task] = {}
+        for row in rows:
+            scores = {k: _score(v) for k, v in row.items() if k not in _NOT_SCORES}
+            asked = json.dumps([row.get("input"), row.get("target")])
+            found[task][row["doc_id"]] = asked, {k: v for k, v in scores.items() if v is not None}
+    if not found: raise ValueError(f"{folder} has no logs of lmms-eval: run it with --log_samples")
+    return found
+
+# %% ../nbs/10b_lmms.ipynb #paired
+_Z = 1.959963984540054  # of 95%
+
+def paired_interval(
+    before: np.ndarray,  # [questions] scores
+    after: np.ndarray,  # [questions] of the same questions
+) -> tuple[float, float]:  # lower and upper end
+    "95% interval of the mean difference: Agresti and Min's (2005) for right and wrong, else a bootstrap by question."
+    change, n = after - before, len(before)
+    if not np.isin([before, after], (0, 1)).all():
+        times = np.random.default_rng(0).multinomial(n, np.full(n, 1/n), 2000)
+        return interval(times @ change/n)
+    b, c, n = (change < 0).sum() + .5, (change > 0).sum() + .5, n + 2
+    half = _Z*((b + c - (c - b)**2/n)**.5)/n
+    return float((c - b)/n - half), float((c - b)/n + half)
+
+def _check_same(task, before, after):
+    "`ValueError` unless two logs of a task are about the same questions."
+    if before.keys() != after.keys() or any(before[i][0] != after[i][0] for i in before):
+        raise ValueError(f"the logs of {task} are not of the same questions: run both with the same lmms-eval, tasks "
+                         "and --limit")
+
+def paired_differences(
+    before: dict,  # from `read_samples`
+    after: dict,  # likewise
+) -> list[dict]:  # of each task and metric: task, metric, questions, before, after, difference, interval
+    "What changed, question by question. ValueError for runs of other tasks or questions. Ours."
+    if before.keys() != after.keys():
+        raise ValueError(f"before has the tasks {', '.join(sorted(before))}, after {', '.join(sorted(after))}")
+    rows = []
+    for task in before:
+        _check_same(task, before[task], after[task])
+        for metric in sorted(set.intersection(*(set(s) for run in (before, after) for _, s in run[task].values()))):
+            a, b = (np.array([run[task][i][1][metric] for i in before[task]]) for run in (before, after))
+            rows.append(dict(task=task, metric=metric, questions=len(a), before=float(a.mean()), after=float(b.mean()),
+                             difference=float((b - a).mean()), interval=paired_interval(a, b)))
+    return rows
+
+def difference_cells(
+    before: dict,  # from `read_samples`
+    after: dict,  # likewise
+) -> list[list[tuple[str, str]]]:  # for `table_text` and `table_markdown`
+    "`paired_differences` as a table, shares in percent."
+    heads = ("task", "metric", "questions", "before", "after", "difference")
+    rows = [[(head, "") for head in heads]]
+    for r in paired_differences(before, after):
+        low, high = (f"{100*x:+.1f}" for x in r["interval"])
+        shares = [(f"{100*r[k]:.1f}", "") for k in ("before", "after")]
+        change = (f"{100*r['difference']:+.1f}", f"[{low}, {high}]")
+        rows.append([(r["task"], ""), (r["metric"], ""), (str(r["questions"]), ""), *shares, change])
+    return rows
