@@ -34,6 +34,7 @@ from laid_nb.store import (
     model_fingerprint,
     prepare_process,
     read_json,
+    save_model,
     slug,
     versions,
     write_json,
@@ -172,8 +173,7 @@ def train(
     anchor = pair()[run.anchor]
     trained = quiet_training(student, processor, pool_of(run), anchor, trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
-        student.save_pretrained(part)
-        processor.save_pretrained(part)
+        save_model(student, processor, part)
         seconds = round(time.time() - start)
         write_json(part/"run.json", dict(run=asdict(run), seconds=seconds, log=trained.state.log_history))
     return run.folder

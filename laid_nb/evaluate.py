@@ -209,7 +209,7 @@ def _record(haystack, mark, turn, log_p, reply):
     _check_finite(haystack, turn, log_p)
     about = dict(haystack=haystack.id, question=turn, fingerprint=mark, size=len(haystack.images),
                  needles=list(question.needles), kind=question.kind, answer=question.answer)
-    written = {} if reply is None else _read_answer(question, reply)
+    written = {} if reply is None else read_answer(question, reply)
     return about | _scored(question, log_p) | written
 
 # %% ../nbs/10a_evaluate.ipynb #written
@@ -232,7 +232,10 @@ def _named(question, text):
             found.add(words[word])
     return found | {c for c in letters if _names_letter(c, text)}
 
-def _read_answer(question, text):
+def read_answer(
+    question,  # a `Question`
+    text: str,  # a written answer
+) -> dict:  # `response`: the text; `compliant`: it names a choice; `correct`: it names the right one
     "What a written answer says about a question."
     if question.choices == YES_NO:
         words = set(re.findall(r"[a-z]+", text.lower()))

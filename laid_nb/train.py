@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .capture import capture
 from laid_nb.inputs import (
@@ -29,6 +29,7 @@ from .patch import patch
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
 from .simulate import WindowSimulation, asked_rows, thinned_factors
+from .store import settle_checkpoint
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -125,6 +126,7 @@ def _check_choices(config: LaidConfig) -> None:
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}: need one of {', '.join(allowed)}")
     numbers = {f"lambda_{name}": weight for name, weight in config.given.items()}
+    numbers |= {"seed": config.seed, "data_seed": config.data_seed or 0}
     for key, (kind, _, _) in [option for term in TERMS.values() for option in term.options.items()]:
         value, allowed = getattr(config, key), get_args(kind)
         if allowed and value not in allowed: raise ValueError(f"{key} is {value!r}: need one of {', '.join(allowed)}")
@@ -243,7 +245,19 @@ class LaidTrainer(Trainer):
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
         if "use_cache" in own:
             model.config.use_cache = own["use_cache"]
+        self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
+
+class _OwnTokens(TrainerCallback):
+    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
+    def __init__(self, model):
+        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
+        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
+        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+
+    def on_train_begin(self, *args, **kwargs):
+        for config, name, value in self.own:
+            setattr(config, name, value)
 
 def _freeze(
     teacher,  # a transformers model
@@ -466,6 +480,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             stack.enter_context(part.stock())
         super(LaidTrainer, self).save_model(output_dir, _internal_call)
     if not self.args.should_save: return
+    settle_checkpoint(folder, self.model, self.processing_class)
     for part in self.parts:
         save_file({k: v.detach().cpu().contiguous() for k, v in part.state().items()}, folder/part.file)
 

@@ -20,7 +20,7 @@ from transformers import (
 
 from laid_nb import evaluate as module
 from laid_nb.anchors import CHAT_TEMPLATE, build_processor
-from laid_nb.evaluate import _named, _read_answer, answer_ids, ask, evaluate, read_records
+from laid_nb.evaluate import _named, answer_ids, ask, evaluate, read_answer, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
 from laid_nb.store import model_fingerprint
@@ -289,14 +289,14 @@ def test_choices_that_an_answer_names(said, letters, texts):
 @pytest.mark.parametrize("said, compliant, correct", [
     ("B", True, True), ("C", True, False), ("B or C", True, False), ("the second", False, False)])
 def test_the_right_choice_and_no_other(said, compliant, correct):
-    assert _read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 @pytest.mark.parametrize("said, compliant, correct", [
     ("Yes.", True, True), ("yes, no doubt", True, True), ("NO", True, False), ("yesterday", False, False)])
 def test_the_rule_of_vhs_for_yes_and_no(said, compliant, correct):
     q = Question("dog", "cup", "single", True, (0,))
-    assert _read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 # pictures seen before

@@ -31,6 +31,7 @@ from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_sta
 from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
+from laid_nb.store import load_model, save_model
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
 
@@ -797,3 +798,22 @@ def test_biases_alone_are_refused_beside_adapters_and_asked_for_on_resume(traine
     trainer(folder=tmp_path/"a", method="sft", biases_only=True, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="go on with biases_only=True"):
         trainer(folder=tmp_path/"b", method="sft", max_steps=2).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
+def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor, haystacks, tmp_path):
+    "Generation config, chat template, processor and config as they lay there, though Trainer aligns special tokens when it trains."
+    base, tokens = tmp_path/"base", {"eos_token_id": [589, 588], "pad_token_id": 588, "do_sample": True, "temperature": 1e-6}
+    save_model(tiny("student"), processor, base)
+    (base/"generation_config.json").write_text(json.dumps(tokens))
+    config = json.loads((base/"config.json").read_text())
+    config["text_config"] |= {"pad_token_id": None, "eos_token_id": 588}
+    (base/"config.json").write_text(json.dumps(config))
+    student, own = load_model(str(base))
+    made = LaidTrainer(student, LaidConfig(str(tmp_path/"run"), method="sft", max_steps=1, save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
+                                           per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, learning_rate=1e-3), haystacks[:2], own)
+    made.train()
+    save_model(student, own, tmp_path/"saved")
+    for folder in (tmp_path/"run/checkpoint-1", tmp_path/"saved"):
+        for path in base.glob("*.j*"):
+            assert (folder/path.name).read_bytes() == path.read_bytes(), path.name
+        assert not torch.equal(load_model(str(folder))[0].lm_head.weight, load_model(str(base))[0].lm_head.weight)
