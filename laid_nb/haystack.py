@@ -10,6 +10,7 @@ __all__ = ['OBJECTS', 'SPLITS', 'YES_NO', 'KINDS', 'Scene', 'render', 'Question'
 # %% ../nbs/07_haystack.ipynb #imports
 import csv
 import functools
+import os
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from .patch import patch
+from .pictures import open_picture, picture_hash
 from .store import data_path, short_hash
 
 # %% ../nbs/07_haystack.ipynb #objects
@@ -116,10 +118,10 @@ class Question:
     anchor: str  # the object that marks the needle; "" where a file does not say
     target: str  # the object asked for, likewise
     kind: str  # "single", "all" or "any" (VHs), "list" (training of the embedded pair), or a file's own
-    answer: bool | str | None  # True for yes; a text for "list"; one of other choices; None: nobody has said
+    answer: bool | str | None  # True for yes; a text for "list" and free ones; one of other choices; None: nobody said
     needles: tuple[int, ...]  # indices of the images that show the anchor
     wording: str = ""  # the question as a file words it, where it differs from ours
-    choices: tuple[str, ...] = YES_NO  # what may be answered
+    choices: tuple[str, ...] = YES_NO  # what may be answered; (): anything, in words of one's own
 
     def __post_init__(self): _check_question(self)
 
@@ -152,6 +154,9 @@ def _check_question(
     if question.kind == "list":
         if answer is None: raise ValueError(f"a list question needs its answer: {text!r} cannot stay unlabelled")
         return
+    if choices == ():
+        if isinstance(answer, str) and answer.strip(): return
+        raise ValueError(f"the answer of {text!r}, which has no choices, is {answer!r}, not a text")
     if choices == YES_NO:
         if not isinstance(answer, str): return
         raise ValueError(f"the answer of {text!r} is {answer!r}, not True (yes) or False (no)")
@@ -168,24 +173,19 @@ _drawn = functools.lru_cache(16_384)(render)  # 150 MB of pictures at most
 @dataclass(frozen=True)
 class Haystack:
     "Images and the questions about them."
-    images: tuple  # `Scene` or path of an image file
+    images: tuple  # `Scene`, path of an image file, or what has `read_bytes`
     questions: tuple[Question, ...]  # each with its needles among the images
     id: str = ""  # a name that tells haystacks apart
+    system: str = ""  # what a file has said before the first question, to be read as the system's turn
 
     def image(
         self,
         i: int,  # which image
         size: int = 56,  # side of a drawn scene in pixels; a file has its own
     ) -> Image.Image:  # RGB
-        "Image `i`. FileNotFoundError or ValueError names a file that is not there or not an image."
+        "Image `i`, as a viewer shows it. MissingPicture or BadPicture names a file that is not there or no image."
         item = self.images[i]
-        if isinstance(item, Scene): return _drawn(item, size).copy()
-        try:
-            with Image.open(item) as picture:
-                return picture.convert("RGB")
-        except FileNotFoundError: raise FileNotFoundError(f"no such image: {item}") from None
-        except Exception as e:  # Pillow's decoders raise errors of many types
-            raise ValueError(f"cannot read image {item}: {' '.join(str(e).split())}") from e
+        return _drawn(item, size).copy() if isinstance(item, Scene) else open_picture(item)
 
 # %% ../nbs/07_haystack.ipynb #sampler
 KINDS = ("single", "multi")
@@ -275,9 +275,11 @@ def picture_haystack(
 
 # %% ../nbs/07_haystack.ipynb #rows
 def _image_row(item):
-    "A scene or a path as columns of text and numbers."
+    "A scene or a path as columns of text and numbers. TypeError for a picture that has no file of its own."
     if isinstance(item, Scene):
         return {"objects": list(item.objects), "seed": item.seed, "split": item.split, "path": ""}
+    if not isinstance(item, (str, os.PathLike)):
+        raise TypeError(f"{item} is a picture in a table: a dataset of haystacks holds paths of files, and scenes")
     return {"objects": [], "seed": -1, "split": "", "path": str(item)}
 
 def _question_row(q):
@@ -286,13 +288,14 @@ def _question_row(q):
             "answer": answer, "needles": list(q.needles), "choices": list(q.choices)}
 
 def _row(haystack):
+    before = {"system": haystack.system} if haystack.system else {}
     return {"id": haystack.id, "n_images": len(haystack.images),
             "images": [_image_row(i) for i in haystack.images],
-            "questions": [_question_row(q) for q in haystack.questions]}
+            "questions": [_question_row(q) for q in haystack.questions]} | before
 
 def _row_question(r):
     "A question again; a row from before there were choices has yes and no."
-    choices, answer = tuple(r.get("choices") or YES_NO), r["answer"]
+    choices, answer = YES_NO if r.get("choices") is None else tuple(r["choices"]), r["answer"]
     if choices == YES_NO:
         answer = {"Yes": True, "No": False}.get(answer, answer)
     wording = "" if r["text"] == _our_words(r["anchor"], r["target"], r["kind"]) else r["text"]
@@ -304,7 +307,8 @@ def row_haystack(
     "A row of `haystack_dataset` as a `Haystack` again."
     images = tuple(Path(r["path"]) if r["path"] else Scene(tuple(r["objects"]), r["seed"], r["split"])
                    for r in row["images"])
-    return Haystack(images, tuple(_row_question(r) for r in row["questions"]), row["id"])
+    questions = tuple(_row_question(r) for r in row["questions"])
+    return Haystack(images, questions, row["id"], row.get("system") or "")
 
 # %% ../nbs/07_haystack.ipynb #dataset
 def _expand(picks):
@@ -324,14 +328,15 @@ def _full_pick(number, pick):
     except (TypeError, ValueError) as e: raise type(e)(f"pick {number}: {e}") from None
     return full
 
-def _row_types():
-    "Types of the columns."
+def _row_types(system):
+    "Types of the columns; `system`: whether there is one of system turns."
     from datasets import Features, List, Value
     text, number = Value("string"), Value("int64")
     image = {"objects": List(text), "seed": number, "split": text, "path": text}
     words = dict.fromkeys(("anchor", "target", "kind", "text", "answer"), text)
     question = words | {"needles": List(number), "choices": List(text)}
-    return Features({"id": text, "n_images": number, "images": List(image), "questions": List(question)})
+    columns = {"id": text, "n_images": number, "images": List(image), "questions": List(question)}
+    return Features(columns | ({"system": text} if system else {}))
 
 def haystack_dataset(
     haystacks,  # `Haystack`s, or picks: dictionaries with arguments of `picture_haystack`
@@ -342,7 +347,10 @@ def haystack_dataset(
     from datasets import Dataset
     items = list(haystacks)
     if not items: raise ValueError("no haystacks to make a dataset of")
-    if isinstance(items[0], Haystack): return Dataset.from_list([_row(h) for h in items], features=_row_types())
+    if isinstance(items[0], Haystack):
+        told = any(h.system for h in items)
+        rows = [_row(h) | ({"system": h.system} if told else {}) for h in items]
+        return Dataset.from_list(rows, features=_row_types(told))
     return Dataset.from_list([_full_pick(i, p) for i, p in enumerate(items)]).with_transform(_expand)
 
 # %% ../nbs/07_haystack.ipynb #sets
@@ -371,6 +379,13 @@ def drawn_training(
     "Drawn haystacks of the split `train`."
     return [picture_haystack(seed*100_000 + i, sizes[i % len(sizes)], 12, "train", kind) for i in range(number)]
 
+# %% ../nbs/07_haystack.ipynb #image-mark
+def image_mark(
+    image,  # `Scene`, path, or what has `read_bytes`
+) -> str:  # the whole scene in writing, or 16 hex digits of what the file holds
+    "What identifies an image, wherever it stands."
+    return repr(image) if isinstance(image, Scene) else picture_hash(image)
+
 # %% ../nbs/07_haystack.ipynb #fingerprint
 def _question_mark(q):
     "A question in writing: as it was before there were choices, and then the choices where they are not yes and no."
@@ -381,6 +396,7 @@ def _question_mark(q):
 def haystack_fingerprint(
     haystack: Haystack,  # images and questions
 ) -> str:  # 16 hex digits
-    "Hash of the images' names (of the whole scene, where it is drawn) and of the questions."
-    images = [repr(i) if isinstance(i, Scene) else Path(i).name for i in haystack.images]
-    return short_hash(images, [_question_mark(q) for q in haystack.questions])
+    "Hash of what the images' files hold (of the whole scene, where it is drawn) and of the questions."
+    before = [haystack.system] if haystack.system else []
+    images, questions = map(image_mark, haystack.images), map(_question_mark, haystack.questions)
+    return short_hash(list(images), list(questions), *before)
