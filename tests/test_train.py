@@ -24,10 +24,11 @@ from laid_nb import align, losses
 from laid_nb.align import needle_pair, needle_scores
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
-from laid_nb.haystack import picture_haystack
+from laid_nb.haystack import haystack_dataset, picture_haystack
 from laid_nb.inputs import OURS, HaystackCollator, image_inputs, precompute, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
+from laid_nb.pictures import BadPicture
 from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
@@ -817,3 +818,104 @@ def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor
         for path in base.glob("*.j*"):
             assert (folder/path.name).read_bytes() == path.read_bytes(), path.name
         assert not torch.equal(load_model(str(folder))[0].lm_head.weight, load_model(str(base))[0].lm_head.weight)
+
+
+# streams
+
+def test_a_stream_trains_as_the_list_in_its_order(trainer, tiny, haystacks):
+    "Haystacks, rows and a generator, against a list of which every batch is given by hand."
+    made, source = [], haystacks[:4]
+    rows = haystack_dataset(source).to_iterable_dataset()
+    for data in (iter(source), rows, StreamOf(source)):
+        student = tiny("student")
+        run = trainer(student=student, data=data, method="kd", max_steps=2)
+        run.train()
+        made.append(student)
+    student = tiny("student")
+    by_hand = trainer(student=student, data=source, method="kd", max_steps=2)
+    by_hand._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(source)
+    by_hand.train()
+    assert all(same(other, student) for other in made) and not same(student, tiny("student"))
+
+
+class StreamOf(torch.utils.data.IterableDataset):
+    "A stream that can begin again."
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+
+
+def test_a_stream_begins_again_where_it_can(trainer, haystacks):
+    run = trainer(data=StreamOf(haystacks[:4]), method="sft", max_steps=5)
+    run.train()
+    assert run.state.global_step == 5
+
+
+def test_what_is_measured_of_an_iterator_is_trained_on_too(trainer, haystacks):
+    seen = []
+    def spoken():
+        for h in haystacks[:8]:
+            seen.append(h.id)
+            yield h
+    run = trainer(data=spoken(), max_steps=4)  # method laid measures the first 16
+    run.train()
+    assert run.state.global_step == 4 and len(set(seen)) == len(seen) == 8
+
+
+@pytest.mark.parametrize("settings, part", [
+    (dict(max_steps=-1), "max_steps"), (dict(recompose=.5), "recompose"), (dict(dataloader_num_workers=2), "dataloader_num_workers")])
+def test_what_a_stream_cannot_do(trainer, haystacks, settings, part):
+    with pytest.raises(ValueError, match=part): trainer(data=iter(haystacks), **settings)
+
+
+# pictures that go bad
+
+@pytest.fixture
+def files(tmp_path):
+    "Haystacks of two pictures on disk each."
+    made = []
+    for i in range(8):
+        h = picture_haystack(i, n_images=2, n_questions=2)
+        names = tuple(tmp_path/f"{i}-{n}.png" for n in range(2))
+        for n, name in enumerate(names): h.image(n).save(name)
+        made.append(replace(h, images=names))
+    return made
+
+
+class Spoil(TrainerCallback):
+    "After a step, empties every picture that is named."
+    def __init__(self, step, images): self.step, self.images = step, images
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for image in self.images: image.write_bytes(b"")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_goes_bad_costs_nothing_that_was_trained(trainer, tiny, files, tmp_path, workers):
+    images = [image for h in files for image in h.images]
+    before = {image: image.read_bytes() for image in images}
+    student = tiny("student")
+    run = trainer(student=student, data=files, method="kd", max_steps=6, dataloader_num_workers=workers, num_train_epochs=3)
+    run.add_callback(Spoil(2, images))
+    with pytest.raises(BadPicture, match=r"-\d.png.*empty"): run.train()
+    step = run.state.global_step
+    assert step >= 2 and (tmp_path/"run"/f"checkpoint-{step}"/"model.safetensors").is_file()
+    for image, data in before.items(): image.write_bytes(data)
+    again, whole = tiny("student"), tiny("student")
+    trainer(student=again, data=files, method="kd", max_steps=6).train(resume_from_checkpoint=str(tmp_path/"run"/f"checkpoint-{step}"))
+    trainer(student=whole, data=files, method="kd", max_steps=6, folder=tmp_path/"other").train()
+    assert same(again, whole)
+
+
+def test_a_bad_picture_is_left_out(trainer, files):
+    run = trainer(data=files, method="kd", max_steps=8, on_bad_image="skip", per_device_train_batch_size=1)
+    run.add_callback(Spoil(1, [files[0].images[1], files[3].images[0]]))
+    with pytest.warns(UserWarning, match="left out: cannot read image .*png: the file is empty"): run.train()
+    assert run.state.global_step == 8
+
+
+def test_nothing_begins_with_a_bad_picture(trainer, files, tmp_path):
+    files[1].images[0].write_bytes(b"no picture")
+    run = trainer(data=files[:2])
+    with pytest.raises(BadPicture, match="1-0.png"): run.train()
+    assert not list((tmp_path/"run").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="on_bad_image"): trainer(on_bad_image="ignore")
