@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from laid_nb import baselines
-from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.anchors import anchor_config
 from laid_nb.baselines import _sort_images, ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, yarn
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
@@ -46,9 +46,6 @@ def sharpened(model):
 def llama(seed=0, attention="sdpa", **kwargs):
     torch.manual_seed(seed)
     return sharpened(LlamaForCausalLM._from_config(LlamaConfig(**LLAMA | kwargs), attn_implementation=attention))
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
 
 def vision_model(processor, **text):
     config = anchor_config("student", processor.tokenizer).to_dict()

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from laid_nb import evaluate as module
-from laid_nb.anchors import CHAT_TEMPLATE, build_processor
+from laid_nb.anchors import CHAT_TEMPLATE
 from laid_nb.evaluate import _named, _read_answer, answer_ids, ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
@@ -45,10 +45,6 @@ CLASSES = {
     "qwen3": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
     "llava": (LlavaForConditionalGeneration, LlavaConfig),
 }
-
-
-@pytest.fixture(scope="session")
-def processor(): return build_processor()
 
 
 def tiny(family, processor, attention="sdpa", seed=0):

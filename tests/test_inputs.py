@@ -16,15 +16,13 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
 from laid_nb import inputs
-from laid_nb.anchors import CHAT_TEMPLATE, anchor_config, build_processor
+from laid_nb.anchors import CHAT_TEMPLATE
 from laid_nb.evaluate import ask
 from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.inputs import (
@@ -54,36 +52,6 @@ from laid_nb.inputs import (
 STACK = picture_haystack(5, 5, 5, split="test")
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, initializer_range=.3, max_position_embeddings=4096, bos_token_id=None)
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
-
-
-@pytest.fixture(scope="module")
-def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def tiny(processor):
-    "tiny(name): a random Qwen2.5-VL of a few heads; the same weights for the same name."
-    def make(name):
-        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
-        config = anchor_config(name, processor.tokenizer).to_dict()
-        rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 4, 8])
-        config["text_config"] |= dict(hidden_size=32*heads, intermediate_size=64, num_hidden_layers=layers,
-                                      num_attention_heads=heads, num_key_value_heads=1, layer_types=None,
-                                      rope_parameters=rope)
-        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1,
-                                        out_hidden_size=32*heads, fullatt_block_indexes=[0])
-        torch.manual_seed(len(name))
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
-    return make
-
-
-@pytest.fixture(scope="module")
-def pool(processor, haystacks, tiny):
-    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"), progress=False)
 
 
 def text_of(processor, **more):
