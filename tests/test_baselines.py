@@ -32,7 +32,7 @@ from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
-from laid_nb.inputs import HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
+from laid_nb.inputs import OURS, HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
 from laid_nb.rope import RopeSpec
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
@@ -61,7 +61,7 @@ def model(processor): return vision_model(processor)
 @pytest.fixture(scope="module")
 def haystack(): return picture_haystack(0, 6, 4, "val")
 
-def prompt(processor, haystack, turn=0): return {k: v for k, v in encode(processor, haystack, [turn], answers=False).items() if k not in ("labels", "replies", "turn", "needles")}
+def prompt(processor, haystack, turn=0): return {k: v for k, v in encode(processor, haystack, [turn], answers=False).items() if k not in OURS}
 
 def logits(model, inputs, **kwargs):
     with torch.no_grad(): return model(**inputs, **kwargs).logits
