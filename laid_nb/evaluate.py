@@ -22,7 +22,8 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .haystack import YES_NO, Haystack, haystack_fingerprint
 from laid_nb.inputs import (
-    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids, read_positions
+    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids, read_positions,
+    reply_lead
 )
 from .store import model_fingerprint, tokenizer_of, tower_fingerprint
 
@@ -128,9 +129,9 @@ def _together(model, texts, batch) -> list[list[int]]:
     return [some[i:i + batch] for some in alike.values() for i in range(0, len(some), batch)]
 
 # %% ../nbs/10a_evaluate.ipynb #choice-ids
-def _choice_ids(tokenizer, choices):
-    "Token ids of each choice."
-    return [tokenizer(choice, add_special_tokens=False).input_ids for choice in choices]
+def _choice_ids(tokenizer, choices, lead=""):
+    "Token ids of each choice, as it stands behind `lead`, the white space that a template puts before a reply."
+    return [tokenizer(lead + choice, add_special_tokens=False).input_ids for choice in choices]
 
 def answer_ids(
     tokenizer,
@@ -224,7 +225,8 @@ def ask(
     -inf behind the last; float32, or float64 for such a model."""
     tokenizer = tokenizer_of(processor)
     turns, ends = range(len(haystack.questions)) if turns is None else turns, _end_ids(model, tokenizer)
-    choices = [_choice_ids(tokenizer, haystack.questions[t].choices) for t in turns]
+    lead = reply_lead(processor, haystack)
+    choices = [_choice_ids(tokenizer, haystack.questions[t].choices, lead) for t in turns]
     inputs = prompt_inputs(processor, haystack, size) if features is None else features
     if int(inputs["prefix"]):
         tails = [question_ids(processor, haystack, t, prompt) for t in turns]

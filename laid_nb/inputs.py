@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OTHER', 'TEXT', 'FAMILIES', 'is_text', 'messages', 'Family', 'encode', 'pad', 'HaystackCollator', 'n_images',
            'SizeSampler', 'image_features', 'precompute', 'image_inputs', 'read_positions', 'check_among',
-           'read_groups', 'question_text', 'question_ids', 'prompt_inputs', 'prompt_groups', 'prefix_length',
-           'precompute_prompts']
+           'read_groups', 'question_text', 'reply_lead', 'question_ids', 'prompt_inputs', 'prompt_groups',
+           'prefix_length', 'precompute_prompts']
 
 # %% ../nbs/07c_inputs.ipynb #imports
 from collections.abc import Callable
@@ -87,7 +87,8 @@ OTHER = Family()  # of a model without a row
 TEXT = Family(images=(), pixels=(), features=())  # of a model of text alone, and of a tokenizer
 _QWEN = Family(tokens=("attention_mask", "mm_token_type_ids"))
 _ALONE = Family(tokens=("attention_mask",), images=("pixel_values",), features=("pixel_values",))
-_SIZED = replace(_ALONE, images=("pixel_values", "image_sizes"), features=("pixel_values", "image_sizes"))
+_PAIR = ("pixel_values", "image_sizes")
+_SIZED = replace(_ALONE, images=_PAIR, pixels=_PAIR, features=_PAIR)
 _TYPED = replace(_ALONE, tokens=("attention_mask", "token_type_ids"), beside=("attention_mask", "token_type_ids"))
 _TILED = replace(_ALONE, images=(), samples=("pixel_values", "pixel_attention_mask"),
                  pixels=("pixel_values", "pixel_attention_mask"), features=("pixel_values", "pixel_attention_mask"))
@@ -103,7 +104,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the config
     "glm4v": replace(_QWEN, processor="Glm4vProcessor"),
     "internvl": replace(_ALONE, processor="InternVLProcessor"),
     "llava": replace(_ALONE, processor="LlavaProcessor"),
-    "llava_onevision": replace(_ALONE, processor="LlavaOnevisionProcessor", images=_ANYRES, features=_ANYRES),
+    "llava_onevision": replace(_ALONE, processor="LlavaOnevisionProcessor", images=_ANYRES, pixels=_ANYRES,
+                               features=_ANYRES),
     "gemma3": replace(_TYPED, processor="Gemma3Processor"),
     "paligemma": replace(_TYPED, processor="PaliGemmaProcessor", whole=True, reply=(("token_type_ids", 1),)),
     "idefics3": replace(_TILED, processor="Idefics3Processor"),
@@ -317,7 +319,8 @@ def encode(
     inputs = _run_processor(processor, first, haystack, size)
     marker, tail = _split_text(processor, haystack, first)
     texts = _reply_texts(processor, haystack, turns, chat, answers)
-    ids = _tokens_behind(tokenizer_of(processor), marker + tail, [text for said, rest, _ in texts for text in (said, rest)])
+    pieces = [text for said, rest, _ in texts for text in (said, rest)]
+    ids = _tokens_behind(tokenizer_of(processor), marker + tail, pieces)
     parts = [(said, rest, known) for said, rest, (_, _, known) in zip(ids[::2], ids[1::2], texts)]
     needles = [list(haystack.questions[t].needles) for t in turns]
     return add_replies(inputs, _shown(processor, inputs, marker, tail), parts, answers, family) | {"needles": needles}
@@ -497,6 +500,19 @@ def question_text(
     images = [{"type": "image"}]*len(haystack.images)
     chat = [{"role": "user", "content": _content(haystack, prompt + haystack.questions[turn].text, images)}]
     return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
+def reply_lead(
+    processor,  # a transformers processor, or a tokenizer
+    haystack: Haystack,  # images and questions
+) -> str:
+    "White space that the chat template puts before a reply; most put none."
+    said, images = "Yes", [{"type": "image"}]*len(haystack.images)
+    reply = said if is_text(haystack) else [{"type": "text", "text": said}]
+    chat = [{"role": "user", "content": _content(haystack, "?", images)}, {"role": "assistant", "content": reply}]
+    text = processor.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    new = processor.apply_chat_template(chat, tokenize=False)[len(text):]
+    return new[:len(new) - len(new.lstrip())]
 
 
 def question_ids(

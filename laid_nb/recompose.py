@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from .haystack import Haystack
-from .inputs import OURS, HaystackCollator, add_replies, around_image, family_of, n_images, token_fields
+from laid_nb.inputs import (
+    OURS, HaystackCollator, add_replies, around_image, family_of, n_images, reply_lead, token_fields
+)
 from .patch import patch
 
 # %% ../nbs/07d_recompose.ipynb #unlabelled-simple
@@ -142,14 +144,14 @@ def _image_spans(sample) -> list[tuple[slice, slice]]:
     return list(zip(tokens, (slice(*ends) for ends in pairwise(rows))))
 
 # %% ../nbs/07d_recompose.ipynb #template
-def _template_parts(processor) -> tuple[str, list[tuple], str]:
+def _template_parts(processor, lead="") -> tuple[str, list[tuple], str]:
     "What stands before the first image, around a first and a later question (before, behind), and at the end."
     def ask(images): return {"role": "user", "content": [{"type": "image"}]*images + [{"type": "text", "text": mark}]}
     def render(chat, waits): return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=waits)
-    mark, answer = "QUESTION", "Yes"
+    mark, answer = "QUESTION", "Yes"  # `lead`: white space before a reply
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
     first, later = render([ask(1)], True), render([ask(1), reply, ask(0)], True)
-    said = len(first) + len(answer)
+    said = len(first) + len(lead + answer)
     head, _, tail = first.partition(processor.image_token)
     around = [text.partition(mark)[::2] for text in (tail, later[said:])]
     return head, around, render([ask(1), reply], False)[said:]
@@ -189,7 +191,8 @@ def _tokens(self: PieceEncoder, text) -> list[int]:
 @patch
 def _read_template(self: PieceEncoder, sample):
     "Tokens before the first image, texts around questions, and tokens after the last reply."
-    _, (first, later), end = _template_parts(self.processor)
+    self._lead = reply_lead(self.processor, sample["haystack"])
+    _, (first, later), end = _template_parts(self.processor, self._lead)
     self._head, self._end = sample["input_ids"][0, :_image_spans(sample)[0][0].start].tolist(), self._tokens(end)
     self._around = [(first[0].removeprefix(around_image(self.processor)[1]), first[1]), later]
 
@@ -224,7 +227,7 @@ def __call__(
         inputs[name] = F.pad(inputs[name], (len(self._head), len(first)), value=-1 if name == "image" else 0)
     inputs["input_ids"][0, :len(self._head)] = torch.tensor(self._head)
     inputs["input_ids"][0, shown:] = torch.tensor(first)
-    parts = [(self._tokens(q.reply), rest, q.answer is not None) for q, rest in zip(questions, [*later, self._end])]
+    parts = [(self._tokens(self._lead + q.reply), rest, q.answer is not None) for q, rest in zip(questions, [*later, self._end])]
     sample = add_replies(inputs, shown, parts, answers=True, family=self.family)
     return sample | {"needles": [list(q.needles) for q in questions], "haystack": haystack}
 

@@ -40,6 +40,7 @@ def plain(theta=1e4): return dict(rope_parameters={"rope_type": "default", "rope
 def sectioned(): return dict(rope_parameters={"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]})
 
 
+WINDOWS = {"student": ["full_attention", "sliding_attention"], "teacher": ["sliding_attention", "full_attention", "sliding_attention"]}  # of Gemma 3: the last looks near
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
 CLIP = SIGLIP | dict(model_type="clip_vision_model", projection_dim=32)
 
@@ -123,9 +124,11 @@ def internvl():
 
 def llava():
     words = tokenizer("<image>", bos="<s>", named={"image_token": "<image>"})
+    template = ("{% for m in messages %}{{ m['role'] | upper }}: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}"
+                "{% endif %}{% endfor %}{% if m['role'] == 'user' %} {% else %}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
     pictures = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
     reads = t.LlavaProcessor(pictures, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
-                             chat_template=chat(open="", colon=": ", image="<image>\n", close="<|im_end|>"))
+                             chat_template=template)
     def make(name):
         return t.LlavaForConditionalGeneration(t.LlavaConfig(
             text_config=text_config(name, words, model_type="llama", **plain()), vision_config=CLIP, image_token_id=words.image_token_id, tie_word_embeddings=False))
@@ -153,7 +156,7 @@ def gemma3():
                               chat_template=chat(open="<start_of_turn>", image="<start_of_image>", close="<end_of_turn>\n", bos="{{ bos_token }}"))
     def make(name):
         token = words.convert_tokens_to_ids
-        text = text_config(name, words, layer_types=(["sliding_attention"]*2 + ["full_attention"])[-{"student": 2, "teacher": 3}[name]:], sliding_window=24,
+        text = text_config(name, words, layer_types=WINDOWS[name], sliding_window=24,
                            query_pre_attn_scalar=8)
         return t.Gemma3ForConditionalGeneration(t.Gemma3Config(
             text_config=text, vision_config=SIGLIP | dict(vision_use_head=False), mm_tokens_per_image=4, image_token_id=words.image_token_id, tie_word_embeddings=False,
@@ -226,7 +229,8 @@ def language_model(model, config, bos=None, **settings):
     "A text model, with a tokenizer for a processor."
     words = tokenizer(bos=bos)
     words.chat_template = chat(bos="{{ bos_token }}" if bos else "")
-    return words, lambda name: model(config(**text_config(name, words, **plain()) | settings))
+    def make(name): return model(config(**text_config(name, words, **plain()) | {k: x[name] if isinstance(x, dict) else x for k, x in settings.items()}))
+    return words, make
 
 
 FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_onevision, gemma3, paligemma, idefics3, smolvlm,
@@ -237,7 +241,7 @@ FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe
     "qwen3": lambda: language_model(t.Qwen3ForCausalLM, t.Qwen3Config),
     "mistral": lambda: language_model(t.MistralForCausalLM, t.MistralConfig, bos="<s>", sliding_window=24),
     "gemma3_text": lambda: language_model(t.Gemma3ForCausalLM, t.Gemma3TextConfig, bos="<bos>", sliding_window=24, query_pre_attn_scalar=8, rope_parameters=None,
-                                          layer_types=None),
+                                          layer_types=WINDOWS),
 }
 
 
