@@ -187,7 +187,7 @@ def test_spectra_are_those_of_the_captured_heads(pair, work):
 
 
 @pytest.fixture
-def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
+def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, shown=4, sizes=(1, 2, 3)))
 
 
 def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch, capsys):
@@ -206,7 +206,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
+    assert all(f"[{i}/15]" in printed for i in range(1, 16)) and all(name in printed for name in demo.TRAININGS)
     assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
