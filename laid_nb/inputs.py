@@ -487,6 +487,8 @@ def read_groups(
 ) -> torch.Tensor:  # [batch, tokens] long: index of the token's image in its row, -1 = text or padding
     "Which image each token belongs to. ValueError for a model whose images are not among its tokens."
     check_among(model)
+    if "image" not in batch:
+        raise ValueError("the batch has no field `image`: encode it with `encode`, `precompute` or `prompt_inputs`")
     return batch["image"]
 
 # %% ../nbs/07c_inputs.ipynb #prompt

@@ -2,14 +2,12 @@
 
 `python tests/test_families.py` makes all checks and writes the table of them, data/results/families.json."""
 import gc
-import json
 import math
 import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, logging
 
@@ -25,7 +23,6 @@ from laid_nb.inputs import (
     messages,
     precompute,
     precompute_prompts,
-    read_groups,
     read_positions,
 )
 from laid_nb.inspector import read_heads
