@@ -293,6 +293,13 @@ def save_model(
         processor.save_pretrained(part)
         settle_checkpoint(part, model, processor)
 
+# %% ../nbs/06a_store.ipynb #tokenizer-of
+def tokenizer_of(
+    processor,  # a transformers processor, or a tokenizer
+):  # -> tokenizer
+    "The tokenizer of a processor; a tokenizer is its own."
+    return getattr(processor, "tokenizer", processor)
+
 # %% ../nbs/06a_store.ipynb #fingerprint
 def short_hash(
     *parts,  # texts, or what json can write
@@ -320,8 +327,9 @@ def model_fingerprint(
     image settings."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     weights = _digest([*model.named_parameters(), *model.named_buffers()])
-    template, images = processor.chat_template or "", processor.image_processor.to_dict()
-    return short_hash(config, weights, template, images, len(processor.tokenizer))
+    pictures = getattr(processor, "image_processor", None)  # a tokenizer has none
+    images = pictures.to_dict() if pictures else {}
+    return short_hash(config, weights, processor.chat_template or "", images, len(tokenizer_of(processor)))
 
 def tower_fingerprint(
     model,  # a transformers model

@@ -23,7 +23,7 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 from .capture import capture
 from .haystack import row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, image_inputs, image_tokens, n_images, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, read_groups, read_positions
 )
 from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
 from .mixing import FORMS
@@ -33,7 +33,7 @@ from .pictures import BadPicture
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
 from .simulate import WindowSimulation, asked_rows, thinned_factors
-from .store import settle_checkpoint
+from .store import settle_checkpoint, tokenizer_of
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -323,11 +323,10 @@ class LaidTrainer(Trainer):
         _check_run(args, train_dataset, teacher, collator.turns)
         rope_spec(model, model.config.get_text_config().num_hidden_layers - 1)  # refuses a model without RoPE
         if self.teacher is not None:
-            tokenizers = processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None)
-            check_pair(model, teacher, *tokenizers)
+            check_pair(model, teacher, *map(tokenizer_of, (processing_class, teacher_processing_class)))
             _freeze(teacher, args.device)
         if self.simulates or self.simulation.thin or args.layers == "needle":
-            image_tokens(model)  # refuses a model whose images cannot be told apart
+            check_among(model)
         tower = model.get_encoder(modality="image")
         if tower is not model:
             tower.requires_grad_(False)

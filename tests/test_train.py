@@ -13,19 +13,16 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     TrainerCallback,
 )
 
 from laid_nb import align, losses
 from laid_nb.align import needle_pair, needle_scores
-from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
 from laid_nb.haystack import haystack_dataset, picture_haystack
-from laid_nb.inputs import OURS, HaystackCollator, image_inputs, precompute, read_groups, read_positions
+from laid_nb.inputs import OURS, HaystackCollator, image_inputs, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
 from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
 from laid_nb.pictures import BadPicture
@@ -34,38 +31,6 @@ from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
 from laid_nb.store import load_model, save_model
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
-
-
-@pytest.fixture(scope="module")
-def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def tiny(processor):
-    "tiny(name): a random model of a few heads; the same weights for the same name."
-    def make(name, family=Qwen2_5_VLForConditionalGeneration, head_dim=32, theta=1e6, **top):
-        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
-        config = anchor_config(name, processor.tokenizer).to_dict() | top
-        config["text_config"] |= dict(hidden_size=head_dim*heads, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, layer_types=None)
-        config["text_config"]["rope_parameters"] = dict(rope_type="default", rope_theta=theta, mrope_section=[head_dim//8, head_dim//8, head_dim//4])
-        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1, out_hidden_size=head_dim*heads, fullatt_block_indexes=[0])
-        if family is Qwen2VLForConditionalGeneration:
-            vision = dict(depth=1, embed_dim=32, hidden_size=head_dim*heads, num_heads=1, mlp_ratio=2)
-            config = Qwen2VLConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config", "text_config")}, vision_config=vision,
-                                   text_config={k: v for k, v in config["text_config"].items() if k != "model_type"})
-        else: config = Qwen2_5_VLConfig(**config)
-        torch.manual_seed(len(name))
-        return family(config)
-    return make
-
-
-@pytest.fixture(scope="module")
-def pool(processor, haystacks, tiny):
-    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"))
 
 
 @pytest.fixture
