@@ -44,7 +44,7 @@ def _trials(
     level = torch.arange(key.shape[2], device=key.device) * 7 % 16
     steep_query, steep_key = torch.zeros_like(query), torch.zeros_like(key)
     steep_query[..., 0], steep_key[..., 0] = 64 / scaling, level.to(key)
-    return dict(flat=(torch.zeros_like(query), key, drawn), steep=(steep_query, steep_key, drawn))
+    return dict(flat=(torch.zeros_like(query), torch.zeros_like(key), drawn), steep=(steep_query, steep_key, drawn))
 
 # %% ../nbs/01a_attention.ipynb #mask
 def _visible(

@@ -27,7 +27,7 @@ from .mixing import FORMS
 from .parts import PARTS, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
-from .rope import rope_spec
+from .rope import rope_layers, rope_spec
 from .simulate import WindowSimulation, asked_rows
 
 # %% ../nbs/09b_train.ipynb #term-settings
@@ -222,7 +222,7 @@ class LaidTrainer(Trainer):
         collator = kwargs.setdefault("data_collator", HaystackCollator(processing_class))
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         _check_run(args, train_dataset, teacher, collator.turns)
-        rope_spec(model, model.config.get_text_config().num_hidden_layers - 1)  # refuses a model without RoPE
+        rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
         if self.teacher is not None:
             tokenizers = processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None)
             check_pair(model, teacher, *tokenizers)
