@@ -24,6 +24,7 @@ from laid_nb.inputs import (
 )
 from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
 from .mixing import FORMS
+from .pair import check_same_reading
 from .parts import PARTS, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
@@ -215,7 +216,7 @@ class LaidTrainer(Trainer):
         train_dataset,  # list of haystacks, or of samples from `precompute`
         processing_class,  # the student's processor; saved with it
         teacher=None,  # the anchor, read only; not needed for method "sft"
-        teacher_processing_class=None,  # its processor, to compare the tokenizers; None: it is the student's
+        teacher_processing_class=None,  # its processor, to see that both read the same; None: it is the student's
         simulation: WindowSimulation | None = None,  # how short samples are read as long ones; None: as they are
         **kwargs,  # further arguments of Trainer, such as callbacks, data_collator or eval_dataset
     ):
@@ -226,6 +227,8 @@ class LaidTrainer(Trainer):
         if self.teacher is not None:
             tokenizers = processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None)
             check_pair(model, teacher, *tokenizers)
+            if teacher_processing_class is not None:
+                check_same_reading(processing_class, teacher_processing_class)
             _freeze(teacher, args.device)
         if self.simulates or args.layers == "needle":
             image_tokens(model)  # refuses a model whose images cannot be told apart

@@ -697,6 +697,14 @@ def test_unequal_tokenizers(trainer, processor):
     with pytest.raises(ValueError, match="tokenizers differ at id 300"): trainer(teacher_processing_class=other)
 
 
+@pytest.mark.parametrize("settings", [dict(image_mean=[.5]*3), dict(rescale_factor=1/127.5), dict(patch_size=16)], ids=str)
+def test_a_teacher_that_reads_otherwise_is_refused(trainer, processor, settings):
+    other = copy.deepcopy(processor)
+    for name, value in settings.items(): setattr(other.image_processor, name, value)
+    with pytest.raises(ValueError, match=f"do not read the same: image_processor.{next(iter(settings))} is"): trainer(teacher_processing_class=other)
+    trainer(teacher_processing_class=copy.deepcopy(processor))
+
+
 def test_unequal_image_tokens(trainer, tiny):
     with pytest.raises(ValueError, match="image token is"): trainer(teacher=tiny("teacher", image_token_id=5))
 
