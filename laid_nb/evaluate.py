@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .haystack import IMAGE, YES_NO, Haystack, haystack_fingerprint
 from laid_nb.inputs import (
-    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text,
+    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids,
     read_positions, reply_lead
 )
 from .store import model_fingerprint, tokenizer_of, tower_fingerprint

@@ -7,6 +7,7 @@ __all__ = ['RopeGain', 'rope_gains', 'fold_gain', 'folded', 'plot_gain']
 
 # %% ../nbs/05_gain.ipynb #imports
 import math
+import warnings
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from matplotlib.figure import Figure
 from torch.nn.functional import pad, softplus
 
 from .capture import captures_of, text_attentions
-from .rope import rope_spec
+from .rope import rope_layers, rope_spec
 
 # %% ../nbs/05_gain.ipynb #class
 class RopeGain(torch.nn.Module):
@@ -57,7 +58,8 @@ def _rope_attentions(
     model,  # a transformers model
 ):
     "{layer: attention module} of the text layers that have RoPE."
-    return {layer: m for layer, m in text_attentions(model).items() if getattr(m, "use_rope", True)}
+    turned = set(rope_layers(model))
+    return {layer: m for layer, m in text_attentions(model).items() if layer in turned}
 
 def _norm_offset(
     norm,  # a module with a weight
@@ -126,13 +128,25 @@ def _sites(
     return norm.weight.numel() // dim, [(p, offsets.get(name, 0)) for name, p in norm.named_parameters()]
 
 # %% ../nbs/05_gain.ipynb #make
+def _say_skipped(
+    model,  # a transformers model
+    found,  # {layer: attention module} with RoPE
+):
+    "Warn of the layers that get no gain. ValueError where that is all of them."
+    skipped = ", ".join(str(layer) for layer in sorted(text_attentions(model).keys() - found.keys()))
+    if not found: raise ValueError(f"no layer of {type(model).__name__} has self-attention with RoPE: nothing to scale")
+    if skipped:
+        warnings.warn(f"{type(model).__name__} gets no gain in layers without RoPE: {skipped}", stacklevel=3)
+
 def rope_gains(
     model,  # a transformers model
     layers=None,  # text layers; None = all that have RoPE
 ):
-    """A `RopeGain` for each layer -> `ModuleDict` {"layer": RopeGain} (ours).
-    ValueError for a layer without RoPE, or whose gain could not be folded."""
+    """A `RopeGain` for each layer -> `ModuleDict` {"layer": RopeGain} (ours). Warns of layers without RoPE.
+    ValueError for a model without RoPE, a named layer without it, or one whose gain could not be folded."""
     found, gains = _rope_attentions(model), torch.nn.ModuleDict()
+    if layers is None:
+        _say_skipped(model, found)
     for layer in sorted(found) if layers is None else layers:
         if layer not in found:
             raise ValueError(f"layer {layer} of {type(model).__name__} has no self-attention with RoPE; "

@@ -17,13 +17,14 @@ from torch import nn
 
 from laid_nb.align import (
     MEASURED, build_mixing, build_projections, check_full_attention, fit_mixing, fit_projections, load_mixing,
-    measured_layers, pairs_of, shared_specs
+    measured_layers, pairs_of, shared_specs, turning_pairs
 )
 from .capture import Cache, residual_streams
 from .gain import fold_gain, folded, folded_parameters, rope_gains
+from .inputs import image_inputs, read_positions
 from .losses import TERMS, Evidence, unit_rms
-from .mixing import layer_pairs
 from .patch import patch
+from .rope import rope_layers
 
 # %% ../nbs/09a_parts.ipynb #part
 class Part:
@@ -80,15 +81,20 @@ class MixingPart(Part):
     def wanted(args): return args.aligns
 
     def build(self, earlier):
-        layers = "last" if self.args.layers in MEASURED else self.args.layers
-        self.align(layer_pairs(layers, self.student.config, self.teacher.config))
+        if self.args.layers in MEASURED:  # until the start the last layers stand in
+            self.mix([tuple(max(rope_layers(m), default=0) for m in (self.student, self.teacher))])
+        else:
+            self.align(turning_pairs(self.student, self.teacher, self.args.layers))
 
     def align(self, pairs):
         "The mixing of these pairs of layers. ValueError for a layer whose attention cannot be matched."
+        self.mix(pairs)
+        if self.sees_attention:
+            self.check(tokens=1)
+
+    def mix(self, pairs):
+        "A new mixing of these pairs of layers."
         args = self.args
-        if any(weight and TERMS[name].sees == "attention" for name, weight in args.weights.items()):
-            check_full_attention(self.student, {s for s, _ in pairs}, "student")
-            check_full_attention(self.teacher, {t for _, t in pairs}, "teacher")
         self.use(build_mixing(self.student, self.teacher, pairs, args.constraint, False, args.form, args.by_dimension))
 
     def use(self, mixing):
@@ -102,6 +108,30 @@ class MixingPart(Part):
         one = next(iter(self.mixing.values()))
         return f"mixing weights ({one.form}, {one.constraint}) of layers {', '.join(self.mixing)}"
 
+# %% ../nbs/09a_parts.ipynb #mixing-attention
+@patch(as_prop=True)
+def sees_attention(self: MixingPart) -> bool:
+    "Whether a term that has a weight compares attention."
+    return any(weight and TERMS[name].sees == "attention" for name, weight in self.args.weights.items())
+
+@patch
+def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
+    "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
+    self.reach, reaches = None, []
+    for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
+        inputs = batch and image_inputs(model, batch, role) | dict(position_ids=read_positions(self.student, batch))
+        reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
+    self.reach = min(filter(None, reaches), default=None)
+
+@patch
+def check_length(self: MixingPart, mask: torch.Tensor) -> None:
+    "`ValueError` for a batch with a sample longer than the windows of the aligned layers."
+    if self.sees_attention and self.reach and mask.shape[1] > self.reach:
+        longest = int(mask.sum(1).max())
+        if longest > self.reach:
+            raise ValueError(f"a sample has {longest} tokens, the layers {', '.join(self.mixing)} attend to all tokens "
+                             f"only up to {self.reach}: shorter samples, other layers, or lambda_attention=0")
+
 # %% ../nbs/09a_parts.ipynb #mixing-start
 @patch
 def start(self: MixingPart, batches: list[dict]) -> None:
@@ -109,6 +139,9 @@ def start(self: MixingPart, batches: list[dict]) -> None:
     args = self.args
     if args.layers in MEASURED:
         self.align(measured_layers(args.layers, self.student, self.teacher, batches, args.form))
+    if self.sees_attention:
+        longest = max(batches, key=lambda batch: batch["attention_mask"].sum(1).max())
+        self.check(longest, tokens=int(longest["attention_mask"].sum(1).max()))
     fit_mixing(self.mixing, self.student, self.teacher, batches, args.mixing_init, args.seed)
 
 @patch
@@ -127,6 +160,7 @@ def heard(self: MixingPart) -> dict[str, torch.Tensor]:
 @patch
 def show(self: MixingPart, evidence: Evidence, pairs: dict, said: dict) -> dict:
     "The evidence of every pair of layers: the student's heads beside their mixtures."
+    self.check_length(evidence.mask)
     cache, shown = self.captured[0], {}
     for (s, t), mixing in zip(self.pairs, self.mixing.values()):
         own = cache["q", s], cache["k", s]
@@ -151,6 +185,8 @@ def load_state(self: MixingPart, folder: Path, student: dict) -> None:
         raise ValueError(f"{folder} was trained with other layers, another form or constraint: "
                          f"it holds {', '.join(loaded.state_dict())}")
     self.use(loaded)
+    if self.sees_attention:
+        self.check(tokens=1)
 
 # %% ../nbs/09a_parts.ipynb #stream
 class StreamPart(Part):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
-from .haystack import IMAGE, YES_NO, Haystack, Question
+from .haystack import IMAGE, Haystack, Question
 from .vhs import ImageFinder, read_entries, read_field, read_texts, vhs_question, yes_or_no
 
 # %% ../nbs/07aa_readers.ipynb #mmlongbench

@@ -27,11 +27,12 @@ from laid_nb.inputs import (
 )
 from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
 from .mixing import FORMS
+from .pair import check_same_reading
 from .parts import PARTS, check_parts, make_parts
 from .patch import patch
 from .pictures import BadPicture
 from .recompose import Recomposed, has_unlabelled
-from .rope import rope_spec
+from .rope import rope_layers, rope_spec
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 from .store import settle_checkpoint, tokenizer_of
 
@@ -312,7 +313,7 @@ class LaidTrainer(Trainer):
         train_dataset,  # haystacks, or samples from `precompute`: a list, or any iterable of them (with max_steps)
         processing_class,  # the student's processor; saved with it
         teacher=None,  # the anchor, read only; not needed for method "sft"
-        teacher_processing_class=None,  # its processor, to compare the tokenizers; None: it is the student's
+        teacher_processing_class=None,  # its processor, to see that both read the same; None: it is the student's
         simulation: WindowSimulation | None = None,  # how short samples are read as long ones; None: as they are
         **kwargs,  # further arguments of Trainer, such as callbacks, data_collator or eval_dataset
     ):
@@ -321,9 +322,11 @@ class LaidTrainer(Trainer):
         train_dataset = as_stream(train_dataset)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         _check_run(args, train_dataset, teacher, collator.turns)
-        rope_spec(model, model.config.get_text_config().num_hidden_layers - 1)  # refuses a model without RoPE
+        rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
         if self.teacher is not None:
             check_pair(model, teacher, *map(tokenizer_of, (processing_class, teacher_processing_class)))
+            if teacher_processing_class is not None:
+                check_same_reading(processing_class, teacher_processing_class)
             _freeze(teacher, args.device)
         if self.simulates or self.simulation.thin or args.layers == "needle":
             check_among(model)

@@ -28,9 +28,12 @@ NAMED = dict(   # the families that the notebook names
 OTHERS = dict(
     glm=TEXT | dict(partial_rotary_factor=.5, attention_bias=True),              # neighbours pair up, half of the head turns
     olmo2=TEXT, phi3=TEXT | dict(partial_rotary_factor=.5), qwen3=TEXT, hunyuan_v1_dense=TEXT,
-    cohere=TEXT | dict(use_qk_norm=True, logit_scale=1.), phi=TEXT | dict(qk_layernorm=True, partial_rotary_factor=.5), smollm3=TEXT | dict(no_rope_layers=[1, 0]))
+    cohere=TEXT | dict(use_qk_norm=True, logit_scale=1.), phi=TEXT | dict(qk_layernorm=True, partial_rotary_factor=.5), smollm3=TEXT | dict(no_rope_layers=[1, 0]),
+    cohere2=TEXT | dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),  # no RoPE in the full layer
+    exaone4=TEXT | dict(sliding_window=4, sliding_window_pattern=2, layer_types=["sliding_attention", "full_attention"]))
 FAMILIES = NAMED | OTHERS
-HEADS = dict.fromkeys(("qwen3_vl", "gemma3", "qwen3", "hunyuan_v1_dense", "phi"), 1)
+HEADS = dict.fromkeys(("qwen3_vl", "gemma3", "qwen3", "hunyuan_v1_dense", "phi", "exaone4"), 1)
+NOPE = "smollm3", "cohere2", "exaone4"  # their layer 1 has no RoPE
 
 def build(family, dtype=torch.float32, **change):
     "A random model of `family`, sdpa, whose biases and norms are not at their defaults."
@@ -101,7 +104,7 @@ def test_wrong_queries_are_refused(shape):
 def test_as_many_heads_as_can_be_folded(family):
     model = build(family)
     gains = rope_gains(model)
-    assert list(gains) == (["0"] if family == "smollm3" else ["0", "1"])                     # SmolLM3 has layers without RoPE
+    assert list(gains) == (["0"] if family in NOPE else ["0", "1"])
     for layer, gain in gains.items(): assert gain.gain().shape == (HEADS.get(family, 4), len(rope_spec(model, int(layer)).inv_freq))
     inputs = text()
     before = logits(model, inputs)
@@ -262,6 +265,16 @@ MLA = {k: v for k, v in TEXT.items() if k != "head_dim"} | dict(num_key_value_he
 def test_families_that_cannot_fold_are_refused(family, settings, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with pytest.raises(ValueError, match=message): rope_gains(model)
+
+@pytest.mark.parametrize("family", NOPE)
+def test_layers_without_rope_are_skipped_with_a_word(family):
+    with pytest.warns(UserWarning, match="without RoPE: 1"): gains = rope_gains(build(family))
+    assert list(gains) == ["0"]
+    with pytest.raises(ValueError, match="layer 1 .* has no self-attention with RoPE"): rope_gains(build(family), [1])
+
+def test_a_model_without_rope_has_no_gain():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=60, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32))
+    with pytest.raises(ValueError, match="no layer of OPTForCausalLM"): rope_gains(model)
 
 def test_a_norm_that_is_not_a_scale_is_refused():
     class Odd(torch.nn.Module):

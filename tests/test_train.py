@@ -309,11 +309,23 @@ def test_resume_with_another_form(trainer, tmp_path):
     with pytest.raises(ValueError, match="another form"): trainer(folder=tmp_path/"b", layers="best", form="band").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
 
 
-def test_attention_that_cannot_be_matched(trainer, tiny):
-    student = tiny("student")
-    student.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"student layer 1 \(sliding_attention\) does not attend"): trainer(student, method="laid+")
-    trainer(student, method="laid+", lambda_attention=0.), trainer(student, method="laid+", layers="0:0")
+def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
+    config = tiny("student").config
+    config.text_config.update(dict(use_sliding_window=True, sliding_window=64, layer_types=["full_attention", "sliding_attention"]))
+    student = Qwen2_5_VLForConditionalGeneration(config).eval()
+    tokens = max(HaystackCollator(processor)([h])["input_ids"].shape[1] for h in haystacks)
+    assert tokens > 64
+    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, method="laid+").train()
+    trainer(student, method="laid+", lambda_attention=0.).train(), trainer(student, method="laid+", layers="0:0").train()
+    config.text_config.sliding_window = tokens
+    trainer(Qwen2_5_VLForConditionalGeneration(config), method="laid+").train()  # up to its window a layer attends to all
+
+
+def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
+    made = trainer(tiny("student"), method="laid+")
+    made.part(MixingPart).reach = 64
+    with pytest.raises(ValueError, match="layers 1-2 attend to all tokens only up to 64"): made.part(MixingPart).check_length(torch.ones(1, 65, dtype=torch.long))
+    made.part(MixingPart).check_length(torch.cat([torch.ones(1, 64, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)], 1))
 
 
 def test_resume_that_drops_the_gain(trainer, tmp_path):
@@ -682,6 +694,14 @@ def test_unequal_tokenizers(trainer, processor):
     from tokenizers import Tokenizer
     other.tokenizer = type(processor.tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
     with pytest.raises(ValueError, match="tokenizers differ at id 300"): trainer(teacher_processing_class=other)
+
+
+@pytest.mark.parametrize("settings", [dict(image_mean=[.5]*3), dict(rescale_factor=1/127.5), dict(patch_size=16)], ids=str)
+def test_a_teacher_that_reads_otherwise_is_refused(trainer, processor, settings):
+    other = copy.deepcopy(processor)
+    for name, value in settings.items(): setattr(other.image_processor, name, value)
+    with pytest.raises(ValueError, match=f"do not read the same: image_processor.{next(iter(settings))} is"): trainer(teacher_processing_class=other)
+    trainer(teacher_processing_class=copy.deepcopy(processor))
 
 
 def test_unequal_image_tokens(trainer, tiny):
