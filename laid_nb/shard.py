@@ -23,6 +23,7 @@ def _on(name: str) -> bool:  # of a variable of the environment
 
 def check_environment(
     deepspeed=None,  # as `TrainingArguments` was given it
+    fsdp=None,  # likewise; then the environment does not say which FSDP
 ) -> None:
     "`ValueError` for an engine that accelerate's environment or the settings ask for and that cannot do this."
     refused = {"DeepSpeed": bool(deepspeed) or _on("ACCELERATE_USE_DEEPSPEED"),
@@ -31,7 +32,7 @@ def check_environment(
                    int(os.environ.get(f"PARALLELISM_CONFIG_{kind}_SIZE", 1)) > 1 for kind in ("TP", "CP", "SP"))}
     for engine, asked in refused.items():
         if asked: raise ValueError(f"{engine} is not supported: {_USE_FSDP2}")
-    if _on("ACCELERATE_USE_FSDP"):
+    if _on("ACCELERATE_USE_FSDP") and not fsdp:
         check_fsdp(os.environ.get("FSDP_VERSION", 1), _on("FSDP_CPU_RAM_EFFICIENT_LOADING"))
 
 def check_fsdp(

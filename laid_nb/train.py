@@ -100,7 +100,7 @@ class LaidConfig(_own_settings(), TrainingArguments):
     remove_unused_columns: bool = _setting(False, "Must stay off: samples are haystacks, not columns.")
 
     def __post_init__(self):
-        check_environment(self.deepspeed)
+        check_environment(self.deepspeed, self.fsdp)
         super().__post_init__()
         if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -333,6 +333,8 @@ def begin(self: LaidTrainer) -> None:
     "Once the engine has prepared the student: the parts start or go on, and learn with it."
     if is_sharded(self.model):
         read_one_token(self.model)
+        groups = self.optimizer.param_groups  # a sharded checkpoint knows a group by the names of its parameters
+        self.optimizer.param_groups = [group for group in groups if group["params"]]
     if self.resumed:
         self.restore(self.resumed)
     elif self.parts and not self.begun:
