@@ -88,14 +88,15 @@ def _query_norm(
 def _check_projection(module, name, linear, rows):
     "ValueError unless `linear`, called `name`, is a plain layer whose first `rows` rows make the queries."
     kind = type(module).__name__
-    if type(linear) is not torch.nn.Linear:
+    few_bits = isinstance(linear, torch.nn.Linear) and type(linear).__module__.startswith("bitsandbytes")
+    if type(linear) is not torch.nn.Linear and not few_bits:
         there = type(linear).__name__ if linear is not None else "missing"
         raise ValueError(f"{name} of {kind} is {there}, not torch.nn.Linear: a gain cannot be folded into it "
                          "(merge an adapter first, load the weights unquantised)")
     if getattr(module.config, "clip_qkv", None):
         raise ValueError(f"{kind} clips its queries (clip_qkv): a gain before the clipping is another one")
     fits = linear.out_features >= rows if name == "qkv_proj" else linear.out_features == rows
-    if not linear.weight.is_floating_point() or not fits:
+    if not (linear.weight.is_floating_point() or few_bits) or not fits:
         raise ValueError(f"{name} of {kind} has weight {list(linear.weight.shape)} {linear.weight.dtype}, "
                          f"expected floating-point rows for queries of {rows} dimensions")
 
@@ -185,7 +186,9 @@ def _with_gain(
     fold: Fold,
     p: torch.Tensor,  # the parameter, whole
 ) -> torch.Tensor:  # of the same shape and dtype, rounded once
-    "The parameter with the gain in it."
+    "The parameter with the gain in it. ValueError for quantised weights as they are."
+    if not p.is_floating_point():
+        raise ValueError(f"{fold.name} is quantised ({p.dtype}): fold into the dequantised weights")
     scale = fold.gain.by_dimension().expand(fold.heads, -1).reshape(-1, 1).to(p.device)  # [heads * head_dim, 1]
     made = p.detach().clone()
     rows = made[:len(scale)].view(len(scale), -1)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from laid_nb.align import (
@@ -321,7 +321,9 @@ class LoraPart(Part):
 
     def state(self, own): return {name: x for name, x in own.items() if ".lora_" in name}
 
-    def stock(self, own): return _merge_lora(own, self.adapters)
+    def stock(self, own):
+        self.learnt = {name: x.detach().clone() for name, x in self.state(own).items()}
+        return _merge_lora(own, self.adapters)
 
     def load_state(self, folder):
         "ValueError for adapters of another rank."
@@ -331,10 +333,10 @@ class LoraPart(Part):
                              f"lora_rank={self.rank} has here")
 
     def unstock(self, folder, saved, own):
-        "The student given, with the adapters saved. ValueError for adapters that another student was trained with."
-        going_on = own | _part_state(folder, self)
-        _check_same_student(self.stock(going_on), saved, Path(folder)/self.file)
-        return going_on
+        "The adapters; the rest is the student given. ValueError for adapters that another student was trained with."
+        adapters = _part_state(folder, self)
+        _check_same_student(self.stock(own | adapters), saved, Path(folder)/self.file)
+        return adapters
 
     def finish(self):
         for name, layer in self.adapters.items():
@@ -343,6 +345,21 @@ class LoraPart(Part):
             p.requires_grad_(name in self.trainable)
 
     def describe(self): return f"LoRA adapters of rank {self.rank} on {len(self.adapters)} layers"
+
+# %% ../nbs/09a_parts.ipynb #save-adapter
+@patch
+def save_adapter(
+    self: LoraPart,
+    folder,  # that is there
+    base: str,  # name of the model they are for
+) -> None:
+    "What has been learnt, as `peft` keeps it. `RuntimeError` before there is anything."
+    if not hasattr(self, "learnt"): raise RuntimeError("adapters are saved when the training has ended")
+    targets = list(self.adapters)
+    LoraConfig(r=self.rank, lora_alpha=2*self.rank, target_modules=targets, base_model_name_or_path=base,
+               inference_mode=True).save_pretrained(folder)
+    state = {f"base_model.model.{name.replace('.default.', '.')}": x.cpu().contiguous() for name, x in self.learnt.items()}
+    save_file(state, Path(folder)/"adapter_model.safetensors")
 
 # %% ../nbs/09a_parts.ipynb #same-student
 def _check_same_student(

@@ -11,12 +11,14 @@ import os
 
 import torch
 import torch.distributed as dist
+from peft.utils.integrations import dequantize_module_weight
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
 # %% ../nbs/06b_shard.ipynb #engine
-_USE_FSDP2 = "use FSDP2, whose settings ship with the package (laid_nb/data/engines), or plain data parallel"
+_USE_FSDP2 = "use FSDP2, whose settings ship with the package (data/engines), or plain data parallel"
 
 def _on(name: str) -> bool:  # of a variable of the environment
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t")
@@ -63,7 +65,7 @@ def shard_model(
     device: torch.device,  # of this process
 ):
     "Keep a piece of every weight on each process (FSDP2), for reading. `ValueError` for quantised weights."
-    if getattr(model, "quantization_method", None) is not None:
+    if is_quantised(model):
         raise ValueError(f"the weights of this {type(model).__name__} are quantised and cannot be sharded: "
                          "place it on one device, or load it in bf16")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
@@ -104,7 +106,7 @@ def place_teacher(
     mapped = getattr(teacher, "hf_device_map", None) is not None
     if placement == "shard" and mapped:
         raise ValueError("this teacher was loaded with a device map and cannot be sharded: load it without one")
-    if mapped or is_sharded(teacher): return
+    if mapped or is_sharded(teacher) or is_quantised(teacher): return
     if placement == "shard" and dist.is_initialized():
         shard_model(teacher, torch.device(device))
     elif placement == "auto" and torch.cuda.is_available():
@@ -113,11 +115,32 @@ def place_teacher(
     else:
         teacher.to(device if placement in ("same", "shard", "auto") else placement)
 
+# %% ../nbs/06b_shard.ipynb #quantised
+def is_quantised(model) -> bool:
+    "Whether weights are kept in few bits."
+    return getattr(model, "quantization_method", None) is not None
+
+def _in_numbers(
+    model,  # quantised
+) -> dict[str, torch.Tensor]:  # name -> weight, as the model would have it unquantised
+    "The state dict of a quantised model, its weights dequantised."
+    state = model.state_dict()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is None or type(weight) in (torch.Tensor, nn.Parameter): continue
+        inside = [key for key in state if key.startswith(f"{name}.weight.") or key == f"{name}.SCB"
+                  or key == f"{name}.weight_format"]
+        for key in inside:  # scales and formats
+            del state[key]
+        state[f"{name}.weight"] = dequantize_module_weight(module).detach()
+    return state
+
 # %% ../nbs/06b_shard.ipynb #state
 def full_state(
     model,  # a transformers model, sharded or not; every process must call this
 ) -> dict[str, torch.Tensor]:  # name -> weight; {} on all processes but the first where it is sharded
     "The state dict of a model, whole."
+    if is_quantised(model): return _in_numbers(model)
     if not is_sharded(model): return model.state_dict()
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     for copy, kept in (getattr(model, "all_tied_weights_keys", None) or {}).items():

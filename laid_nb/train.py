@@ -31,16 +31,16 @@ from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
 from .mixing import FORMS
-from .parts import PARTS, check_parts, make_parts
+from .parts import PARTS, LoraPart, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
 from laid_nb.shard import (
-    check_environment, check_fsdp, check_placement, full_state, is_sharded, load_full_state, place_teacher,
-    read_one_token, uses_fsdp
+    check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
+    place_teacher, read_one_token, uses_fsdp
 )
 from .simulate import WindowSimulation, asked_rows
-from .store import read_json, write_json
+from .store import atomic_write, read_json, write_json
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -87,9 +87,17 @@ class LaidConfig(_own_settings(), TrainingArguments):
     student_dtype: Literal["float32", "bfloat16"] = _setting("float32", (
         "What the student's weights are kept in while they learn. bfloat16 needs an optimiser that does not round small "
         "steps away. The result is saved in the dtype that the student was given in. A base under LoRA stays as given."))
+    student_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the student quantised, as a base for LoRA (QLoRA). 0 is off. Needs bitsandbytes, or torchao for 8."))
+    save_adapter: bool = _setting(False, (
+        "Save the LoRA adapters at the end as peft does, instead of the whole student with the adapters merged."))
     teacher_placement: str = _setting("same", (
         "Where the teacher is: same (the student's device), shard (in pieces on all devices), auto (whole layers over "
         "the devices of one process), cpu, or a device such as cuda:1."))
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", (
+        "What the teacher's weights are loaded in; auto is the checkpoint's."))
+    teacher_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the teacher quantised. 0 is off. Needs bitsandbytes, or torchao for 8."))
     learning_rate: float = _setting(1e-5, "Learning rate of the student.")
     num_train_epochs: float = _setting(10.0, "Passes over the haystacks.")
     per_device_train_batch_size: int = _setting(1, "Haystacks per device and micro-batch.")
@@ -181,6 +189,7 @@ def check_config(config: LaidConfig) -> None:
         check_fsdp(config.fsdp_config.get("version", 2), config.fsdp_plugin_args["cpu_ram_efficient_loading"])
     check_placement(config.teacher_placement)
     _check_student_dtype(config)
+    _check_adapters(config)
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
@@ -197,6 +206,17 @@ def _check_student_dtype(config: LaidConfig) -> None:
         ways = "; ".join(f"optim {optim} with optim_args {arg}=True" for optim, arg in _BF16_SAFE.items())
         raise ValueError("weights kept in bfloat16 stand still where a step is smaller than they can show: use "
                          f"student_dtype float32, or one of: {ways}")
+
+def _check_adapters(config: LaidConfig) -> None:
+    "`ValueError` for what needs adapters and has none, or could not be saved as such."
+    for name in ("student_bits", "save_adapter"):
+        if getattr(config, name) and not config.lora_rank:
+            raise ValueError(f"{name} needs LoRA adapters to train: give lora_rank")
+    if config.save_adapter and config.gains:
+        raise ValueError("a gain is no low-rank difference and would be missing from the adapters: "
+                         "use save_adapter=False or gain=False")
+    if config.teacher_bits and config.teacher_placement not in ("same", "cpu"):
+        raise ValueError(f"a quantised teacher cannot be placed at {config.teacher_placement!r}: use same or cpu")
 
 # %% ../nbs/09b_train.ipynb #schedule
 def step_generator(
@@ -280,7 +300,12 @@ class LaidTrainer(Trainer):
             seed = args.data_seed or args.seed
             train_dataset = Recomposed(train_dataset, args.recompose, collator, seed, lambda: self.epoch)
         own = dict(vars(model.config))
+        quantised = is_quantised(model)
+        if quantised and args.lora_rank:
+            model._hf_peft_config_loaded = True  # the mark by which Trainer sees that adapters are there
         super().__init__(model, args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
+        if quantised:
+            model._hf_peft_config_loaded = False  # with it, only adapters would be saved
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
         if "use_cache" in own:
             model.config.use_cache = own["use_cache"]
@@ -379,6 +404,8 @@ def finish(self: LaidTrainer) -> None:
         own = part.stock(own)
     for part in self.parts:
         part.finish()
+    if is_quantised(self.model):
+        self.model.dequantize()  # few bits could not hold what was learnt
     if parts:
         load_full_state(self.model, own)
     self.spent = [part for part in self.parts if part.again]
@@ -579,19 +606,37 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
         if not _internal_call:
             own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
         self._save(folder, own)
-        if not _internal_call:
-            _write_dtype(folder, self.given_dtype)
+        _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
     if self.args.push_to_hub and not _internal_call:
         self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+@patch
+def save_student(
+    self: LaidTrainer,
+    folder,  # to be made
+    base: str = "",  # name of the model that adapters are for, where `save_adapter` asks for those alone
+) -> None:
+    "What came of the training, whole or not at all; every process must call this."
+    own = full_state(self.model)
+    if not self.args.should_save: return
+    with atomic_write(folder) as part:
+        if self.args.save_adapter:
+            self.part(LoraPart).save_adapter(part, base)
+        else:
+            own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
+            self.model.save_pretrained(part, state_dict=own)
+            _write_dtype(part, self.given_dtype)
+        self.processing_class.save_pretrained(part)
+
 def _write_dtype(
     folder: Path,  # of a checkpoint
     dtype: torch.dtype,  # of its weights
 ) -> None:
-    "Say in config.json what the weights are in: the model in memory may have another dtype."
+    "Say in config.json what the weights are in: the model in memory may have another dtype, or be quantised."
     config = read_json(folder/"config.json")
+    config.pop("quantization_config", None)
     for part in (config, *(x for x in config.values() if isinstance(x, dict))):
         if "dtype" in part:
             part["dtype"] = str(dtype).removeprefix("torch.")
@@ -613,7 +658,7 @@ def restore(
         saved = self.kind.from_pretrained(folder, dtype="auto").state_dict()
         for part in self.parts:
             saved = part.unstock(folder, saved, own)
-    load_full_state(self.model, saved)
+    load_full_state(self.model, saved, strict=not self.args.lora_rank)
 
 @patch
 def _load_from_checkpoint(self: LaidTrainer, resume_from_checkpoint, model=None): "`begin` does it, for every engine."

@@ -81,29 +81,31 @@ def keep(made, path):
     Path(f"{path}.json").write_text(json.dumps([h for h in made.state.log_history if "loss" in h]))
 
 
-RUNS = {  # name -> settings; each is also made by one process, which reads four haystacks at once
-    "plain": dict(),
-    "checkpointed": dict(activation_checkpointing=True),
-    "lora": dict(lora_rank=2, learning_rate=1.),
+RUNS = {"plain": dict(), "lora": dict(lora_rank=2, learning_rate=1.)}  # settings; also made by one process, which reads four haystacks at once
+ENGINES = {  # name -> settings, and the runs made with it
+    "ddp": ({}, RUNS),
+    "ddp-shard": (dict(teacher_placement="shard"), {"plain": {}}),
+    "fsdp": (FSDP | dict(teacher_placement="shard"), RUNS),
+    "fsdp-checkpointed": (FSDP | dict(teacher_placement="shard", activation_checkpointing=True), {"plain": {}}),
 }
 
 
 def agree(folder):
     "DDP, DDP beside a sharded teacher, and FSDP2 beside one."
     features = pool()
-    for engine, settings in (("ddp", {}), ("ddp-shard", dict(teacher_placement="shard")), ("fsdp", FSDP | dict(teacher_placement="shard"))):
-        for name, more in RUNS.items():
-            if engine == "ddp-shard" and name != "plain": continue
+    for engine, (settings, runs) in ENGINES.items():
+        for name, more in runs.items():
             fresh()
-            made = trainer(folder/engine/name, 1, 2, features if name == "plain" else None, **settings, **more)
-            assert made.args.world_size == 2 and made.is_fsdp_enabled == (engine == "fsdp")
+            made = trainer(folder/engine/name, 1, 2, None if "checkpointed" in engine else features, **settings, **more)
+            assert made.args.world_size == 2 and made.is_fsdp_enabled == ("fsdp" in engine)
             made.train()
             keep(made, folder/f"{engine}-{name}")
+            if engine == "ddp": assert made.model_wrapped.gradient_as_bucket_view
 
 
 def resume(folder):
-    "FSDP2 with AdamW: four steps in one go, and two and two; whole, as adapters, and with tied embeddings; what is saved last is in the dtype that was given."
-    for name, settings in (("whole", {}), ("lora", dict(lora_rank=2)), ("needle", dict(layers="best", lambda_hidden=None))):
+    "FSDP2 with AdamW and tied embeddings: four steps in one go, and two and two; whole weights, and adapters."
+    for name, settings in (("whole", {}), ("lora", dict(lora_rank=2, layers="best"))):
         made = {}
         for run in ("straight", "again"):
             fresh()
@@ -125,7 +127,7 @@ def half(folder):
 
 def fail(folder):
     "The second process meets a number that is none, and then hangs; the first one waits for it."
-    made = trainer(folder/"fail", 1, 3, ddp_timeout=5)
+    made = trainer(folder/"fail", 1, 3, ddp_timeout=5, method="sft", lambda_hidden=None)
     if made.args.process_index == 1:
         step = made.training_step
         def broken(*args, **kwargs):

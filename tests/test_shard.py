@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from shard_worker import RUNS, fresh, keep, pool, tiny, trainer
 from transformers import AutoModelForImageTextToText, PrinterCallback
 
 from laid_nb import shard
 from laid_nb.train import LaidConfig
+from shard_worker import ENGINES, RUNS, fresh, keep, pool, tiny, trainer
 
 HERE = Path(__file__).parent
 
 
 def start(folder, *jobs):
-    "The jobs on two processes."
+    "The jobs on two processes; what they say goes to a file."
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", HERE/"shard_worker.py", folder, *jobs]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with open(folder/f"{jobs[-1]}.log", "w") as log: return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,15 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shard")
     both, failing = start(folder, "agree", "resume", "half"), start(folder, "fail")
     features = pool()
-    for batch in (4, 1):
-        for name, settings in RUNS.items():
-            if batch == 1 and name != "plain": continue
-            made = trainer(folder/"one"/name, batch, 2, features if name == "plain" else None, **settings)
-            made.remove_callback(PrinterCallback)
-            made.train()
-            keep(made, folder/f"one{batch}-{name}")
-    (folder/"failing").write_text(failing.communicate(timeout=120)[0])
-    said = both.communicate(timeout=240)[0]
-    assert both.returncode == 0, said
+    for batch, name in ((4, "plain"), (1, "plain"), (4, "lora")):
+        made = trainer(folder/"one"/name, batch, 2, features, **RUNS[name])
+        made.remove_callback(PrinterCallback)
+        made.train()
+        keep(made, folder/f"one{batch}-{name}")
+    try: both.wait(240), failing.wait(60)
+    finally: both.terminate(), failing.terminate()
+    assert both.returncode == 0, (folder/"half.log").read_text()
+    assert failing.returncode == 1
     return folder
 
 
@@ -47,7 +46,7 @@ def result(runs, name): return load_file(runs/f"{name}.safetensors"), json.loads
 
 
 # --- one gradient -------------------------------------------------------------
-@pytest.mark.parametrize("run", ["one1-plain", *(f"{engine}-{name}" for engine in ("ddp", "fsdp") for name in RUNS), "ddp-shard-plain"])
+@pytest.mark.parametrize("run", ["one1-plain", *(f"{engine}-{name}" for engine, (_, runs) in ENGINES.items() for name in runs)])
 def test_however_haystacks_are_spread_the_training_is_the_same(runs, run):
     "Losses, gradient norm and final weights, those beside the student too: replies, sizes and lengths of the four haystacks differ."
     (weights, log), (expected, other) = result(runs, run), result(runs, "one4-" + run.split("-")[-1])
@@ -58,12 +57,6 @@ def test_however_haystacks_are_spread_the_training_is_the_same(runs, run):
         for name in a: assert a[name] == pytest.approx(b[name], rel=1e-6), name
     before = tiny("student").state_dict()
     assert max((expected[f"student.{k}"] - v).abs().max() for k, v in before.items()) > 1e-3  # and it moved
-
-
-def test_replies_count_alike(runs):
-    "A mean of the means of micro-batches would give another gradient: the counts differ."
-    counts = [h.questions for h in __import__("shard_worker").uneven()]
-    assert len({len(q) for q in counts}) == 4
 
 
 def test_the_gradient_norm_counts_what_learns_beside_the_student(tmp_path):
@@ -84,7 +77,7 @@ def test_the_gradient_norm_counts_what_learns_beside_the_student(tmp_path):
 
 
 # --- checkpoints --------------------------------------------------------------
-@pytest.mark.parametrize("name", ["whole", "lora", "needle"])
+@pytest.mark.parametrize("name", ["whole", "lora"])
 def test_fsdp_resumes_to_the_bit_and_saves_a_stock_student(runs, name):
     (straight, log), (again, other) = result(runs, f"{name}-straight"), result(runs, f"{name}-again")
     assert straight.keys() == again.keys() and all(torch.equal(straight[k], again[k]) for k in straight)
