@@ -126,7 +126,7 @@ def _in_numbers(
     "The state dict of a quantised model, its weights dequantised."
     state = model.state_dict()
     for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = dict(module.named_parameters(recurse=False)).get("weight")  # its own, and not that of a layer inside
         if weight is None or type(weight) in (torch.Tensor, nn.Parameter): continue
         inside = [key for key in state if key.startswith(f"{name}.weight.") or key == f"{name}.SCB"
                   or key == f"{name}.weight_format"]

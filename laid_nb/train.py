@@ -405,7 +405,7 @@ def finish(self: LaidTrainer) -> None:
     for part in self.parts:
         part.finish()
     if is_quantised(self.model):
-        self.model.dequantize()  # few bits could not hold what was learnt
+        self.model.dequantize(self.given_dtype)  # few bits could not hold what was learnt
     if parts:
         load_full_state(self.model, own)
     self.spent = [part for part in self.parts if part.again]
