@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from laid_nb.benchmarks import read_haystacks
-
 from measure import table, write
 
 COUNTED = ("stat", "lstat", "scandir", "open")

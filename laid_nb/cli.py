@@ -23,8 +23,7 @@ from laid_nb.script import (
     plain_flags, positive
 )
 from laid_nb.store import (
-    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, save_model,
-    write_json
+    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, write_json
 )
 
 # %% ../nbs/13_cli.ipynb #haystacks
@@ -237,19 +236,20 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last."""
     _check_source(data, pictures)
     prepare_process()
-    import torch
     from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     stacks = read_haystacks(data, image_root, benchmark) if data else drawn_training(sizes, haystacks, args.seed, kind)
-    model, processor = load_model(student, torch.float32)
-    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(student if teacher == "self" else teacher)
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    where = "cpu" if args.teacher_placement == "cpu" else args.device
+    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(
+        student if teacher == "self" else teacher, args.teacher_dtype, args.teacher_bits, where)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
         trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
         trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.save_student(out/"model", model_path(student))
     if trainer.is_world_process_zero():
-        save_model(model, processor, out/"model")
         print(f"written: {out/'model'}; measure it with: laid eval {out/'model'} --pictures")
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_json', 'read_json', 'slug', 'cores',
-           'prepare_process', 'model_path', 'load_model', 'settle_checkpoint', 'save_model', 'short_hash',
-           'model_fingerprint', 'tower_fingerprint', 'hardware', 'versions']
+           'prepare_process', 'model_path', 'quantisation', 'load_model', 'settle_checkpoint', 'save_model',
+           'short_hash', 'model_fingerprint', 'tower_fingerprint', 'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
 import hashlib
@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
@@ -117,18 +117,38 @@ def _first_line(
 ) -> str:  # of its message, or the name of its type
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
+def quantisation(
+    bits: int,  # 4 or 8
+    installed=lambda package: util.find_spec(package) is not None,  # whether a package is
+):  # -> a quantization config of transformers
+    "How this machine can load weights of few bits. `ValueError` naming the package where it cannot."
+    if bits not in (4, 8): raise ValueError(f"weights of {bits} bits: need 4 or 8")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+    if installed("bitsandbytes"):
+        if bits == 8: return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype="bfloat16")
+    if bits == 8 and installed("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
+                     "which is not installed: pip install bitsandbytes")
+
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
+    bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
+    device="cpu",  # where quantised weights go; others are on the CPU
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path, cannot = model_path(name), f"cannot load the model {name!r}"
+    few = dict(quantization_config=quantisation(bits), device_map={"": device}) if bits else {}
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
