@@ -133,7 +133,8 @@ def around_image(
     def render(n): return question_text(processor, Haystack(("",)*n, (_NOTHING,)), 0)
     one, two = render(1), render(2)
     new, same = len(two) - len(one), 0
-    while same < len(one) and one[same] == two[same]: same += 1
+    while same < len(one) and one[same] == two[same]:
+        same += 1
     block = two[max(0, same - new):same]  # where several would do, the last
     before, found, behind = block.partition(processor.image_token)
     return (before, behind) if found and two == one[:same] + block + one[same:] else ("", "")
@@ -182,8 +183,14 @@ def _check_fields(made, family, processor):
                          "its row in FAMILIES does not say what belongs to tokens, images or samples")
 
 
+def _spans(processor, family, text, haystack, replaced) -> list[tuple[int, int]]:
+    "Characters of each image or passage; none where images are not among the tokens."
+    if is_text(haystack): return _passage_spans(text, haystack)
+    return _placeholder_spans(processor, replaced, len(haystack.images)) if family.among else []
+
+
 def _run_processor(processor, text, haystack, size) -> dict:
-    "What the processor makes of a text and its images, as `torch` tensors, and `image`: which image a token belongs to."
+    "What the processor makes of a text and its images, as tensors, and `image`: which image a token belongs to."
     bos, family = tokenizer_of(processor).bos_token, family_of(processor)
     given = dict(return_tensors="pt", return_offsets_mapping=True)
     if bos and text.startswith(bos):
@@ -195,9 +202,7 @@ def _run_processor(processor, text, haystack, size) -> dict:
     offsets, replaced = made.pop("offset_mapping"), made.pop("text_replacement_offsets", None)
     made = {name: x for name, x in made.items() if name not in OURS}
     _check_fields(made, family, processor)
-    if is_text(haystack): spans = _passage_spans(text, haystack)
-    else: spans = _placeholder_spans(processor, replaced, len(haystack.images)) if family.among else []
-    return made | {"image": _owners(offsets, spans)}
+    return made | {"image": _owners(offsets, _spans(processor, family, text, haystack, replaced))}
 
 # %% ../nbs/07c_inputs.ipynb #encode-tensors
 _FILL = {"labels": -100, "replies": False, "turn": -1, "image": -1}  # what we add to tokens; where nothing stands
@@ -477,8 +482,8 @@ def check_among(
 ) -> None:
     "ValueError for a model whose images are not among its tokens: nothing in the text is further from one, or nearer."
     if not family_of(model).among:
-        raise ValueError(f"{type(model).__name__} reads images by cross-attention, not among the tokens: no distance to "
-                         "them can be simulated, and no attention on them be measured")
+        raise ValueError(f"{type(model).__name__} reads images by cross-attention, not among the tokens: "
+                         "no distance to them can be simulated, and no attention on them be measured")
 
 
 def read_groups(
