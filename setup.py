@@ -55,7 +55,8 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={x: cfg[f"{x}_requirements"].split() for x in ("dev", "inspect", "smollm")},
     entry_points={"console_scripts": cfg["console_scripts"].split(),
-                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
+                  "nbdev": [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"],
+                  "lmms_eval.models": [f"laid={cfg['lib_path']}.lmms:lmms_models"]},
     cmdclass={"build_py": BuildWithData},
     zip_safe=False,
 )

@@ -70,6 +70,8 @@ def defined(
 ) -> list[str]:  # names that it defines at its top level
     names = []
     for node in ast.parse(source).body:
+        patched = any("patch" in ast.unparse(d) for d in getattr(node, "decorator_list", ()))  # a method of a class
+        if patched: continue
         if isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.AsyncFunctionDef)): names.append(node.name)
         elif isinstance(node, ast.Assign):
             parts = [n for target in node.targets for n in ast.walk(target)]

@@ -125,6 +125,13 @@ def family_of(
     other = TEXT if tokenizer_of(source) is source else OTHER
     return next((rows[c.__name__] for c in type(source).__mro__ if c.__name__ in rows), other)
 
+# %% ../nbs/07c_inputs.ipynb #no-thought
+def no_thought(
+    processor,  # a transformers processor with a chat template
+) -> dict:  # arguments of `apply_chat_template`
+    "How a chat template that can do without a thought is told to."
+    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+
 # %% ../nbs/07c_inputs.ipynb #question-text
 def question_text(
     processor,  # a transformers processor with a chat template, or a tokenizer
@@ -135,7 +142,7 @@ def question_text(
     "The text of a prompt with one question, as the chat template renders it."
     images = [{"type": "image"}]*len(haystack.images)
     chat = [{"role": "user", "content": _content(haystack, prompt + haystack.questions[turn].text, images)}]
-    return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **no_thought(processor))
 
 # %% ../nbs/07c_inputs.ipynb #around-image
 def around_image(
@@ -518,7 +525,8 @@ def reply_lead(
     reply = said if is_text(haystack) else [{"type": "text", "text": said}]
     chat = [{"role": "user", "content": _content(haystack, "?", images)}, {"role": "assistant", "content": reply}]
     text = processor.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
-    new = processor.apply_chat_template(chat, tokenize=False)[len(text):]
+    said = processor.apply_chat_template(chat, tokenize=False)
+    new = said[len(text):] if said.startswith(text) else ""
     return new[:len(new) - len(new.lstrip())]
 
 
@@ -531,6 +539,15 @@ def question_ids(
     "Token ids of what follows the last image in a prompt."
     marker, tail = _split_text(processor, haystack, question_text(processor, haystack, turn, prompt))
     return _tokens_behind(tokenizer_of(processor), marker, [tail])[0]
+
+# %% ../nbs/07c_inputs.ipynb #opens-thought
+def opens_thought(
+    processor,  # a transformers processor with a chat template
+    haystack: Haystack,  # any
+) -> bool:
+    "Whether the chat template begins an answer with a thought that it leaves open."
+    asked = question_text(processor, haystack, 0).rpartition(haystack.questions[0].text)[2]
+    return asked.count("<think>") > asked.count("</think>")
 
 # %% ../nbs/07c_inputs.ipynb #prompt-inputs
 def _prefix(processor, inputs, tail) -> int:

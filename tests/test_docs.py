@@ -201,6 +201,13 @@ def test_every_comment_of_a_parameter_stands_in_the_api(names):
             count += 1
     assert count > 500
 
+def test_a_method_put_into_a_class_is_no_name_of_its_own(names, tmp_path):
+    assert build.defined("@patch\ndef interval(self: A): pass") == build.defined("@patch(as_prop=True)\ndef x(self: A): pass") == []
+    path = Path("10_accuracy.ipynb")  # has a function and a method called `interval`
+    links = build.Links(Path("nbs")/path, Path("10_accuracy.html"), {}, copied=tmp_path)
+    ids = [cell["id"] for cell in build.processed(path, build.read(ROOT/"nbs"/path), links, names, strict=False)["cells"]]
+    assert ids.count("api-interval") == 1 and len(ids) == len(set(ids))
+
 def test_an_entry_points_to_the_section_that_derives_it(names):
     assert names.where["rope"]["RopeSpec"] == ("00_rope.html#ropespec", "RopeSpec")
 
