@@ -193,9 +193,10 @@ def _ask_whole(model, inputs, choices, ends, max_new_tokens):
         given = image_inputs(model, prompt) | {"position_ids": read_positions(model, prompt)}
         return _log_p(model(**given, logits_to_keep=n, use_cache=False).logits[0])
     row, first = family_of(model), [ids[0] for ids in choices]
-    if len(set(first)) == len(first): scores = read(inputs, 1)[-1, first]
-    else: scores = torch.stack([_whole_log_p(read(append_text(inputs, c, row), len(c) + 1), c, ends) for c in choices])
-    return scores, _write_whole(model, image_inputs(model, inputs), ends, max_new_tokens) if max_new_tokens else []
+    said = _write_whole(model, image_inputs(model, inputs), ends, max_new_tokens) if max_new_tokens else []
+    if len(set(first)) == len(first): return read(inputs, 1)[-1, first], said
+    scores = [_whole_log_p(read(append_text(inputs, ids, row), len(ids) + 1), ids, ends) for ids in choices]
+    return torch.stack(scores), said
 
 # %% ../nbs/10a_evaluate.ipynb #ask
 def _ask_parts(model, prefix, tails, choices, ends, batch, max_new_tokens):
