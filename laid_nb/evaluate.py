@@ -210,7 +210,7 @@ def _record(haystack, mark, turn, log_p, reply):
     _check_finite(haystack, turn, log_p)
     about = dict(haystack=haystack.id, question=turn, fingerprint=mark, size=len(haystack.images),
                  needles=list(question.needles), kind=question.kind, answer=question.answer)
-    written = {} if reply is None else _read_answer(question, reply)
+    written = {} if reply is None else read_answer(question, reply)
     return about | _scored(question, log_p) | written
 
 # %% ../nbs/10a_evaluate.ipynb #written
@@ -243,7 +243,10 @@ def _plain_words(text):
     words = re.sub(r"[^\w\s]|_", " ", text.lower()).split()
     return " ".join(word for word in words if word not in ("a", "an", "the"))
 
-def _read_answer(question, text):
+def read_answer(
+    question,  # a `Question`
+    text: str,  # a written answer
+) -> dict:  # `response`: the text; `compliant`: it names a choice; `correct`: it names the right one
     "What a written answer says about a question."
     if not question.choices:
         right, said = _plain_words(question.answer), _plain_words(text)

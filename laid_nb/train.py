@@ -18,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
+from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from .capture import capture
 from .haystack import row_haystack
@@ -32,7 +32,8 @@ from .patch import patch
 from .pictures import BadPicture
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
-from .simulate import WindowSimulation, asked_rows
+from .simulate import WindowSimulation, asked_rows, thinned_factors
+from .store import settle_checkpoint
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -133,6 +134,7 @@ def _check_choices(config: LaidConfig) -> None:
         if getattr(config, name) not in allowed:
             raise ValueError(f"{name} is {getattr(config, name)!r}: need one of {', '.join(allowed)}")
     numbers = {f"lambda_{name}": weight for name, weight in config.given.items()}
+    numbers |= {"seed": config.seed, "data_seed": config.data_seed or 0}
     for key, (kind, _, _) in [option for term in TERMS.values() for option in term.options.items()]:
         value, allowed = getattr(config, key), get_args(kind)
         if allowed and value not in allowed: raise ValueError(f"{key} is {value!r}: need one of {', '.join(allowed)}")
@@ -324,7 +326,7 @@ class LaidTrainer(Trainer):
             tokenizers = processing_class.tokenizer, getattr(teacher_processing_class, "tokenizer", None)
             check_pair(model, teacher, *tokenizers)
             _freeze(teacher, args.device)
-        if self.simulates or args.layers == "needle":
+        if self.simulates or self.simulation.thin or args.layers == "needle":
             image_tokens(model)  # refuses a model whose images cannot be told apart
         tower = model.get_encoder(modality="image")
         if tower is not model:
@@ -340,7 +342,19 @@ class LaidTrainer(Trainer):
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
         if "use_cache" in own:
             model.config.use_cache = own["use_cache"]
+        self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
+
+class _OwnTokens(TrainerCallback):
+    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
+    def __init__(self, model):
+        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
+        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
+        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+
+    def on_train_begin(self, *args, **kwargs):
+        for config, name, value in self.own:
+            setattr(config, name, value)
 
 def _freeze(
     teacher,  # a transformers model
@@ -482,21 +496,24 @@ def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
 def reading(
     self: LaidTrainer,
     batch: dict,  # on the device
-) -> tuple:  # (positions [3, batch, tokens] or [batch, tokens], factors of the bias or None)
+) -> tuple:  # (positions [3, batch, tokens] or [batch, tokens], factors of the student's bias or None, the teacher's)
     "How both models read a micro-batch: as it is, or with the window of this point of the training."
-    position_ids = read_positions(self.model, batch)
-    if not (self.model.training and self.simulates): return position_ids, None
+    position_ids, simulates = read_positions(self.model, batch), self.model.training and self.simulates
+    if not (simulates or self.simulation.thin): return position_ids, None, None
     groups = read_groups(self.model, batch)
-    asked = asked_rows(batch["turn"], batch["needles"], groups)
-    generator = step_generator(self.args.seed, *self.place, self.args.process_index)
-    return self.simulation.sample(groups, asked, position_ids, self.progress, generator)
+    asked, bias = asked_rows(batch["turn"], batch["needles"], groups), None
+    if simulates:
+        generator = step_generator(self.args.seed, *self.place, self.args.process_index)
+        position_ids, bias = self.simulation.sample(groups, asked, position_ids, self.progress, generator)
+    if not self.simulation.thin: return position_ids, bias, bias
+    return position_ids, bias, thinned_factors(groups, asked, batch["turn"], self.simulation.thin)
 
 @patch
 def read_teacher(
     self: LaidTrainer,
     inputs: dict,  # micro-batch, on the device
     how: dict,  # `position_ids`, and the columns of `logits_to_keep`, as the student was called
-    bias,  # factors of the bias that both models read with, or None
+    bias,  # factors of the bias that it reads with, or None
     rows: torch.Tensor,  # bool [batch, tokens]: whose logits are wanted
 ) -> dict[str, torch.Tensor]:  # `logits` [rows, vocabulary], and what each part has `heard`
     "All that the teacher contributes to a micro-batch."
@@ -518,7 +535,7 @@ def evidence(
     "Both models read a micro-batch; to be called while `captured`."
     rows, _ = supervised_rows(inputs["input_ids"].where(inputs["replies"], -100))
     keep = rows.any(0).nonzero()[:, 0]  # columns in which any sample replies
-    position_ids, bias = self.reading(inputs)
+    position_ids, bias, target_bias = self.reading(inputs)
     how = dict(position_ids=position_ids, logits_to_keep=keep, use_cache=False)
     self.caches[0].bias = bias
     outputs = model(**image_inputs(self.model, inputs, "student"), **how)
@@ -526,11 +543,11 @@ def evidence(
         self.args, self.simulation.level(self.progress),
         logits=outputs.logits[rows[:, keep]],  # [tokens of replies, vocabulary]
         answers=inputs["labels"][:, 1:][rows[:, :-1]],  # what the rows should say; -100 where nobody has said
-        mask=inputs["attention_mask"], positions=position_ids, bias=bias, turn=inputs["turn"],
+        mask=inputs["attention_mask"], positions=position_ids, bias=bias, target_bias=target_bias, turn=inputs["turn"],
         groups=lambda: read_groups(self.model, inputs))
     pairs = {}
     if self.teacher is not None:
-        said = self.read_teacher(inputs, how, bias, rows)
+        said = self.read_teacher(inputs, how, target_bias, rows)
         found.teacher_logits = said["logits"]
         for part in self.parts:
             pairs = part.show(found, pairs, said)
@@ -591,6 +608,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             stack.enter_context(part.stock())
         super(LaidTrainer, self).save_model(output_dir, _internal_call)
     if not self.args.should_save: return
+    settle_checkpoint(folder, self.model, self.processing_class)
     for part in self.parts:
         save_file({k: v.detach().cpu().contiguous() for k, v in part.state().items()}, folder/part.file)
 

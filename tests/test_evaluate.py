@@ -20,7 +20,7 @@ from transformers import (
 
 from laid_nb import evaluate as module
 from laid_nb.anchors import CHAT_TEMPLATE, build_processor
-from laid_nb.evaluate import _named, _read_answer, answer_ids, ask, evaluate, read_records
+from laid_nb.evaluate import _named, answer_ids, ask, evaluate, read_answer, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
 from laid_nb.store import model_fingerprint
@@ -289,14 +289,14 @@ def test_choices_that_an_answer_names(said, letters, texts):
 @pytest.mark.parametrize("said, compliant, correct", [
     ("B", True, True), ("C", True, False), ("B or C", True, False), ("the second", False, False)])
 def test_the_right_choice_and_no_other(said, compliant, correct):
-    assert _read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 @pytest.mark.parametrize("said, compliant, correct", [
     ("Yes.", True, True), ("yes, no doubt", True, True), ("NO", True, False), ("yesterday", False, False)])
 def test_the_rule_of_vhs_for_yes_and_no(said, compliant, correct):
     q = Question("dog", "cup", "single", True, (0,))
-    assert _read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 # pictures seen before
@@ -489,7 +489,7 @@ NLTK = {  # what NLTKWordTokenizer (nltk 3.9) finds in small letters: words amon
 def test_yes_and_no_are_read_as_the_toolkit_reads_them():
     for text, words in NLTK.items():
         for answer in (True, False):
-            read = _read_answer(Question("dog", "cup", "single", answer, (0,)), text)
+            read = read_answer(Question("dog", "cup", "single", answer, (0,)), text)
             assert read["compliant"] == bool(words) and read["correct"] == (("yes" if answer else "no") in words), text
 
 
@@ -498,7 +498,7 @@ def test_yes_and_no_are_read_as_the_toolkit_reads_them():
     ("red", "It is colored", False, False), ("red", "", False, False), ("3", "3", True, True), ("3", "13", False, False),
     ("红色", "它是红色的", True, False), ("!", "!", False, True)])
 def test_free_answers_are_matched_by_their_words(answer, text, correct, exact):
-    read = _read_answer(Question("", "", "free", answer, (), "What?", ()), text)
+    read = read_answer(Question("", "", "free", answer, (), "What?", ()), text)
     assert (read["correct"], read["exact"], read["response"]) == (correct, exact, text)
 
 

@@ -3,7 +3,6 @@ import itertools
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,16 +27,9 @@ from laid_nb.haystack import (
     row_haystack,
     single_contents,
 )
+from refusals import refused
 
 LETTERS = ("A", "B", "C", "D")
-
-
-@contextmanager
-def refused(error, *parts):
-    "The error must come, on one line, naming all the parts."
-    with pytest.raises(error) as info: yield
-    message = str(info.value)
-    assert "\n" not in message and all(str(p) in message for p in parts), message
 
 
 # scenes and haystacks

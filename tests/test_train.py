@@ -32,6 +32,7 @@ from laid_nb.pictures import BadPicture
 from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
+from laid_nb.store import load_model, save_model
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
 
 
@@ -73,7 +74,7 @@ def trainer(processor, tiny, pool, haystacks, tmp_path):
     def make(student=None, teacher=None, data=None, folder=None, teacher_processing_class=None, eval_dataset=None, **settings):
         quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1,
                      learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=2)
-        simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp") if k in settings})
+        simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp", "thin") if k in settings})
         data = pool if data is None else haystacks if data == "pixels" else data
         return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), data, processor,
                            teacher or tiny("teacher"), teacher_processing_class, simulation, eval_dataset=eval_dataset)
@@ -628,6 +629,38 @@ def test_evaluation_reads_without_simulation(trainer, pool):
     assert made.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
+def test_only_the_teacher_reads_thinned(trainer, pool):
+    "Its logits are those of a mask in which the log of the count stands; the student's are as without."
+    made, plain = trainer(method="kd", thin=-3., max_multiplicity=8., ramp=0.), trainer(method="kd", max_multiplicity=8., ramp=0.)
+    batch = made._prepare_inputs(made.data_collator([pool[0], pool[3]]))
+    found = []
+    for each in (made, plain):
+        each.model.eval()  # no window simulation
+        with torch.no_grad(), each.captured(): found.append(each.evidence(each.model, batch)[0])
+    torch.testing.assert_close(found[0].logits, found[1].logits)
+    assert found[0].bias is None and not torch.allclose(found[0].teacher_logits, found[1].teacher_logits, atol=1e-4)
+    groups, n = read_groups(made.teacher, batch), batch["input_ids"].shape[1]
+    mask = torch.full((len(groups), n, n), -torch.inf).triu(1)
+    for b in range(len(groups)):
+        for m in range(n):
+            turn = int(batch["turn"][b, m])
+            for g in range(int(groups[b].max()) + 1) if turn >= 0 else ():
+                if g not in batch["needles"][b][turn]: mask[b, m, groups[b] == g] -= 3
+    mask = mask.masked_fill((batch["attention_mask"] == 0)[:, None], -torch.inf)[:, None].clamp(min=torch.finfo(torch.float32).min)
+    read = image_inputs(made.teacher, batch, "teacher") | dict(attention_mask=mask)
+    with torch.no_grad(): logits = made.teacher(**read, position_ids=read_positions(made.teacher, batch)).logits
+    rows = torch.nn.functional.pad(batch["replies"][:, 1:], (0, 1))
+    torch.testing.assert_close(found[0].teacher_logits, logits[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_can_be_its_own_frozen_anchor(trainer, tiny):
+    made = trainer(teacher=tiny("student"), data="pixels", method="kd", thin=-3., max_multiplicity=8., alpha=1., recompose=1.)
+    before = copy.deepcopy(made.teacher.state_dict())
+    made.train()
+    assert all(torch.equal(w, before[k]) for k, w in made.teacher.state_dict().items())
+    assert not same(made.model, made.teacher)
+
+
 # --- settings -----------------------------------------------------------------
 def test_defaults_are_the_papers():
     c = LaidConfig(use_cpu=True)
@@ -766,6 +799,25 @@ def test_biases_alone_are_refused_beside_adapters_and_asked_for_on_resume(traine
     trainer(folder=tmp_path/"a", method="sft", biases_only=True, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="go on with biases_only=True"):
         trainer(folder=tmp_path/"b", method="sft", max_steps=2).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
+def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor, haystacks, tmp_path):
+    "Generation config, chat template, processor and config as they lay there, though Trainer aligns special tokens when it trains."
+    base, tokens = tmp_path/"base", {"eos_token_id": [589, 588], "pad_token_id": 588, "do_sample": True, "temperature": 1e-6}
+    save_model(tiny("student"), processor, base)
+    (base/"generation_config.json").write_text(json.dumps(tokens))
+    config = json.loads((base/"config.json").read_text())
+    config["text_config"] |= {"pad_token_id": None, "eos_token_id": 588}
+    (base/"config.json").write_text(json.dumps(config))
+    student, own = load_model(str(base))
+    made = LaidTrainer(student, LaidConfig(str(tmp_path/"run"), method="sft", max_steps=1, save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
+                                           per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, learning_rate=1e-3), haystacks[:2], own)
+    made.train()
+    save_model(student, own, tmp_path/"saved")
+    for folder in (tmp_path/"run/checkpoint-1", tmp_path/"saved"):
+        for path in base.glob("*.j*"):
+            assert (folder/path.name).read_bytes() == path.read_bytes(), path.name
+        assert not torch.equal(load_model(str(folder))[0].lm_head.weight, load_model(str(base))[0].lm_head.weight)
 
 
 # streams
