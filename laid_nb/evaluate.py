@@ -249,7 +249,7 @@ def _check_finite(haystack, turn, log_p):
 def _scored(question, log_p):
     "What the log-probabilities of the choices, in their order, say about a question."
     mass = sum(math.exp(p) for p in log_p)
-    if not question.choices: return dict(margin=0., mass=0., correct=False)  # nothing to compare: what is written counts
+    if not question.choices: return dict(margin=0., mass=0., correct=False)  # what is written counts
     if question.choices == YES_NO:
         margin = log_p[0] - log_p[1]
         return dict(margin=margin, mass=mass, correct=margin != 0 and (margin > 0) == question.answer)
@@ -364,11 +364,11 @@ def _append(path, records):
 def _check_free(haystack, question, generate):
     "Refuse free answers where nothing is written, and images between the words of a question."
     if not question.choices and not generate:
-        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it needs "
-                         "generate=True, or --generate")
+        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it "
+                         "needs generate=True, or --generate")
     if IMAGE in question.text:
-        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, but "
-                         "is not evaluated, since images are read once for all questions")
+        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, "
+                         "but is not evaluated, since images are read once for all questions")
 
 def _check_haystacks(haystacks, generate):
     "Refuse haystacks that cannot be told apart, or have nothing to ask."

@@ -104,8 +104,8 @@ class LaidConfig(_own_settings(), TrainingArguments):
     teacher_bits: Literal[0, 4, 8] = _setting(0, (
         "Load the teacher quantised. 0 is off. Needs bitsandbytes, or torchao for 8."))
     on_bad_image: Literal["fail", "skip"] = _setting("fail", (
-        "What is done where a picture cannot be shown in the middle of a training: save a checkpoint and stop (fail), or "
-        "leave the haystack out (skip)."))
+        "What is done where a picture cannot be shown in the middle of a training: save a checkpoint and stop (fail), "
+        "or leave the haystack out (skip)."))
     learning_rate: float = _setting(1e-5, "Learning rate of the student.")
     num_train_epochs: float = _setting(10.0, "Passes over the haystacks.")
     per_device_train_batch_size: int = _setting(1, "Haystacks per device and micro-batch.")
@@ -312,7 +312,7 @@ def first_samples(
 def _check_stream(args):
     "`ValueError` for settings that need a length, or would read a stream several times."
     if args.max_steps <= 0: raise ValueError("a stream of haystacks has no length: set max_steps")
-    if args.recompose: raise ValueError("recompose puts pictures of a whole pool together: it needs a list, not a stream")
+    if args.recompose: raise ValueError("recompose puts pictures of a whole pool together: it needs a list, no stream")
     if args.dataloader_num_workers > 1:
         raise ValueError(f"each of {args.dataloader_num_workers} reader processes would read the whole stream: "
                          "set dataloader_num_workers to 0 or 1")
