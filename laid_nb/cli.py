@@ -78,7 +78,6 @@ def evaluate(
     from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all, read_records
-    from laid_nb.inputs import opens_thought
     from laid_nb.vhs import write_vhs
     loaded, processor = load_model(model)
     for method, values in ways.items():
@@ -88,9 +87,7 @@ def evaluate(
         records = ask_all(loaded.to(device), processor, haystacks, out, model, batch, generate, prompt=before)
     results = Results({model: by_size(records)})
     print(table_text(table_cells(results)))
-    _print_mass(records, opens_thought(processor, haystacks[0]))
-    if generate:
-        _print_compliance(records)
+    _print_asides(records, generate, processor, haystacks[0])
     if vhs:
         write_vhs(records, haystacks, vhs)
     if plot:
@@ -114,6 +111,13 @@ def _print_mass(
     elif min(found.values()) < LOW_MASS:
         print(f"warning: a mean below {LOW_MASS} means that the model would say something else: ask for the choices "
               "with --prompt, or score written answers with --generate")
+
+def _print_asides(records, generate, processor, haystack) -> None:
+    "What stands below a table of accuracies."
+    from laid_nb.inputs import opens_thought
+    _print_mass(records, opens_thought(processor, haystack))
+    if generate:
+        _print_compliance(records)
 
 # %% ../nbs/13_cli.ipynb #eval-checks
 def _print_compliance(records: list[dict]) -> None:

@@ -252,6 +252,7 @@ def paired_interval(
     half = _Z*((b + c - (c - b)**2/n)**.5)/n
     return float((c - b)/n - half), float((c - b)/n + half)
 
+# %% ../nbs/10b_lmms.ipynb #paired-table
 def _check_same(task, before, after):
     "`ValueError` unless two logs of a task are about the same questions."
     if before.keys() != after.keys() or any(before[i][0] != after[i][0] for i in before):

@@ -206,6 +206,18 @@ def _check_run(
         raise ValueError("FSDP and DeepSpeed would split the heads that Eq. 7 compares: "
                          "use one device or plain data parallel")
 
+# %% ../nbs/09b_train.ipynb #own-tokens
+class _OwnTokens(TrainerCallback):
+    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
+    def __init__(self, model):
+        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
+        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
+        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+
+    def on_train_begin(self, *args, **kwargs):
+        for config, name, value in self.own:
+            setattr(config, name, value)
+
 # %% ../nbs/09b_train.ipynb #trainer
 class LaidTrainer(Trainer):
     "`transformers.Trainer` that minimises Eq. 8. Freezes the teacher, and the student's vision tower."
@@ -246,17 +258,6 @@ class LaidTrainer(Trainer):
             model.config.use_cache = own["use_cache"]
         self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
-
-class _OwnTokens(TrainerCallback):
-    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
-    def __init__(self, model):
-        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
-        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
-        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
-
-    def on_train_begin(self, *args, **kwargs):
-        for config, name, value in self.own:
-            setattr(config, name, value)
 
 def _freeze(
     teacher,  # a transformers model
