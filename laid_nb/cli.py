@@ -11,14 +11,16 @@ import functools
 import json
 import sys
 from importlib import util
+from inspect import signature
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from . import __version__
 from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
 from laid_nb.script import (
-    CommandParser, add_command, call_command, command_line, number_list, numbers, plain_flags, positive
+    CommandParser, add_command, call_command, command, command_line, layer_list, natural, number_list, numbers,
+    plain_flags, positive
 )
 from laid_nb.store import (
     EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, save_model,
@@ -27,7 +29,9 @@ from laid_nb.store import (
 
 # %% ../nbs/13_cli.ipynb #haystacks
 _Sizes = Annotated[list[int], number_list]  # 1,2,5 or 2-20
+_Layers = Annotated[list, layer_list]  # 0,3 or last
 _Count = Annotated[int, positive]
+_Seed = Annotated[int, natural]
 _Source = Literal[tuple(BENCHMARKS)]
 _Yarn = Annotated[tuple, numbers("FACTOR[:POSITIONS]", float, int)]
 _SelfExtend = Annotated[tuple, numbers("GROUP:WINDOW", int, int)]
@@ -47,6 +51,7 @@ def _check_suffix(
     if Path(path).suffix not in allowed: raise ValueError(f"{path}: the name must end in {' or '.join(allowed)}")
 
 # %% ../nbs/13_cli.ipynb #eval
+@command
 def evaluate(
     model: str,  # a folder, a hub name, or teacher, student or distilled for those that ship
     data: list[str] | None = None,  # files of haystacks
@@ -57,7 +62,7 @@ def evaluate(
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     questions: _Count = 144,  # at each size of drawn haystacks
     split: Literal[SPLITS] = "test",  # of drawn haystacks
-    seed: int = 0,  # of drawn haystacks
+    seed: _Seed = 0,  # of drawn haystacks
     out: str = "results.jsonl",  # a record a question; a run that was stopped goes on there
     generate: bool = False,  # score written answers instead of the logits of the choices
     prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
@@ -87,7 +92,7 @@ def evaluate(
         records = ask_all(loaded.to(device), processor, haystacks, out, model, batch, generate, prompt=before)
     results = Results({model: by_size(records)})
     print(table_text(table_cells(results)))
-    _print_asides(records, generate, processor, haystacks[0])
+    _print_asides(records, processor, haystacks[0])
     if vhs:
         write_vhs(records, haystacks, vhs)
     if plot:
@@ -104,6 +109,7 @@ def _print_mass(
     "How much of the probability the choices have, and what to do where that is little."
     from laid_nb.accuracy import LOW_MASS, mean_mass
     found = mean_mass(records)
+    if not found: return
     print("probability of the choices " + ", ".join(f"{s}: {m:.2f}" for s, m in found.items()))
     if thinks:
         print("warning: the chat template opens a thought (<think>), and what follows it is no answer yet: take a "
@@ -112,16 +118,16 @@ def _print_mass(
         print(f"warning: a mean below {LOW_MASS} means that the model would say something else: ask for the choices "
               "with --prompt, or score written answers with --generate")
 
-def _print_asides(records, generate, processor, haystack) -> None:
+def _print_asides(records, processor, haystack) -> None:
     "What stands below a table of accuracies."
     from laid_nb.inputs import opens_thought
     _print_mass(records, opens_thought(processor, haystack))
-    if generate:
-        _print_compliance(records)
+    _print_compliance(records)
 
 # %% ../nbs/13_cli.ipynb #eval-checks
 def _print_compliance(records: list[dict]) -> None:
-    "Share of written answers that answer at all, by size."
+    "Share of written answers that answer at all, by size; nothing where none was written."
+    if "compliant" not in records[0]: return
     from laid_nb.accuracy import by_size
     found = by_size(records, key="compliant")
     print("compliance " + ", ".join(f"{s}: {100*a:.0f}%" for s, a in zip(found.sizes, found.accuracy)))
@@ -151,7 +157,7 @@ def _check_evaluation(
 # %% ../nbs/13_cli.ipynb #train-config
 def _texts(value) -> list[str]:  # as behind a flag
     "A setting as texts: a list is several, a dictionary is JSON."
-    if isinstance(value, list): return [text for x in value for text in _texts(x)]
+    if isinstance(value, (list, tuple)): return [text for x in value for text in _texts(x)]
     if isinstance(value, dict): return [json.dumps(value)]
     return [str(value)]
 
@@ -167,8 +173,16 @@ def _yaml_settings(
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: lines such as 'alpha: 0.3' are needed")
+    for name in settings.keys() & _own_parameters(train):
+        raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
     return settings
 
+def _own_parameters(function) -> set[str]:
+    "Names of the parameters of a command, without `**settings`."
+    parameters = signature(function).parameters.values()
+    return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
+
+# %% ../nbs/13_cli.ipynb #train-settings
 def _training_settings(
     settings: dict,  # of LaidConfig and WindowSimulation, values or texts
 ):  # -> (LaidConfig, WindowSimulation)
@@ -176,15 +190,25 @@ def _training_settings(
     from transformers import HfArgumentParser
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
-    flags = [part for name, value in _given(**settings).items() for part in (f"--{name}", *_texts(value))]
     parser = HfArgumentParser((LaidConfig, WindowSimulation), prog="laid train", allow_abbrev=False)
-    parser.set_defaults(output_dir="laid-runs")
+    lists = {name: _texts(settings[name]) for name, kind in get_type_hints(LaidConfig).items()
+             if isinstance(settings.get(name), (list, tuple)) and list in map(get_origin, (kind, *get_args(kind)))}
+    flags = [part for name, value in _given(**settings).items() if name not in lists
+             for part in (f"--{name}", *_texts(value))]
+    parser.set_defaults(output_dir="laid-runs", **lists)
     parser.error = _fail
     *made, rest = parser.parse_args_into_dataclasses(flags, return_remaining_strings=True, look_for_args_file=False)
     if rest: raise ValueError(f"laid train has no setting {rest[0]}: see laid train --help")
     return made
 
 def _fail(message): raise ValueError(message)
+
+def _checkpoint(
+    text: str | None,  # of a setting: a path, last or true, false
+):  # what `Trainer.train` takes: a path, True for the last one, None for a new start
+    "Where a training goes on."
+    words = {"last": True, "true": True, "false": None, "none": None}
+    return words.get(str(text).lower(), text)
 
 def _train_help() -> str:
     "The settings of LaidConfig and WindowSimulation, for `laid train --help`."
@@ -200,9 +224,10 @@ def _train_help() -> str:
     return "\n".join(lines)
 
 # %% ../nbs/13_cli.ipynb #train
+@command
 def train(
-    teacher: str = "teacher",  # a folder, a hub name, or teacher, student or distilled for those that ship
-    student: str = "student",  # likewise
+    teacher: str = "teacher",  # a folder, a hub name, teacher, student or distilled for those that ship, or self
+    student: str = "student",  # likewise, but for self: the student as it is, frozen
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
     benchmark: _Source = "vhs",  # what the files are
@@ -224,11 +249,10 @@ def train(
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     stacks = read_haystacks(data, image_root, benchmark) if data else drawn_training(sizes, haystacks, args.seed, kind)
     model, processor = load_model(student, torch.float32)
-    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(teacher)
+    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(student if teacher == "self" else teacher)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
         trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
-        again = args.resume_from_checkpoint
-        trainer.train(resume_from_checkpoint=True if again == "last" else again)
+        trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     if trainer.is_world_process_zero():
         save_model(model, processor, out/"model")
         print(f"written: {out/'model'}; measure it with: laid eval {out/'model'} --pictures")
@@ -237,11 +261,12 @@ def train(
     return out/"model"
 
 # %% ../nbs/13_cli.ipynb #spectra
+@command
 def spectra(
     model: str,  # a folder, a hub name, or teacher, student or distilled for those that ship
-    layers: str | None = None,  # text layers such as 0,3, counted from 0, or last (default all)
+    layers: _Layers | None = None,  # text layers such as 0,3, counted from 0, or last (default all)
     images: _Count = 20,  # of the drawn haystack that is read
-    seed: int = 0,  # of that haystack
+    seed: _Seed = 0,  # of that haystack
     data: list[str] | None = None,  # read the first haystack of these files instead
     image_root: str | None = None,  # folder that its image paths start from
     benchmark: _Source = "vhs",  # what the files are
@@ -259,8 +284,7 @@ def spectra(
     loaded, processor = load_model(model)
     batch = HaystackCollator(processor)([haystack])
     batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    wanted = layers if layers in (None, "last") else [int(x) for x in layers.split(",")]
-    with torch.no_grad(), capture(loaded.to(device), wanted) as cache:
+    with torch.no_grad(), capture(loaded.to(device), layers) as cache:
         loaded(**image_inputs(loaded, batch, "student"), logits_to_keep=1, use_cache=False)
     response = torch.stack([distance_response(cache["q", l], cache["k", l]) for l in cache.layers]).cpu()
     about = dict(layers=cache.layers, images=len(haystack.images), tokens=batch["input_ids"].shape[1])
@@ -302,11 +326,12 @@ def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict
         found.setdefault(len(haystack.images), []).append(haystack)
     return {n: found[n][:haystacks] for n in sorted(found)}
 
+@command
 def inspect(
     *models: str,  # folders, hub names, or teacher, student or distilled for those that ship (default all three)
     sizes: _Sizes = (5, 20, 50),  # images of a drawn haystack
     haystacks: _Count = 4,  # to be read at each size
-    seed: int = 0,  # of drawn haystacks
+    seed: _Seed = 0,  # of drawn haystacks
     data: list[str] | None = None,  # read haystacks of these files instead
     image_root: str | None = None,  # folder that their image paths start from
     benchmark: _Source = "vhs",  # what the files are
@@ -337,6 +362,7 @@ def inspect(
     serve(Path(out)/"inspect.ipynb", port, lab, browser)
 
 # %% ../nbs/13_cli.ipynb #anchors
+@command
 def anchors(
     out: str = "anchors",  # gets teacher/ and student/
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
@@ -361,13 +387,14 @@ def lmms(
     print(table_text(difference_cells(*map(read_samples, logs))))
 
 # %% ../nbs/13_cli.ipynb #demo
+@command
 def demo(
     quick: bool = False,  # fewer questions (36) and steps (30), under 2 minutes
     out: str | None = None,  # results; a demo that was stopped goes on there (default laid-demo, or laid-demo-quick)
     fresh: bool = False,  # remove an earlier demo from that folder first
     questions: _Count | None = None,  # at each size (default 144)
     steps: _Count | None = None,  # of each training (default 200)
-    seed: int | None = None,  # of haystacks and training (default 0)
+    seed: _Seed | None = None,  # of haystacks and training (default 0)
     teacher: str = "teacher",  # a folder, a hub name, or teacher, student or distilled for those that ship
     student: str = "student",  # likewise
 ):  # -> Path, the folder of the results
