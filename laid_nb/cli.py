@@ -152,6 +152,7 @@ def _print_mass(
     "How much of the probability the choices have, and what to do where that is little."
     from laid_nb.accuracy import LOW_MASS, mean_mass
     found = mean_mass(records)
+    if not found: return
     print("probability of the choices " + ", ".join(f"{s}: {m:.2f}" for s, m in found.items()))
     if thinks:
         print("warning: the chat template opens a thought (<think>), and what follows it is no answer yet: take a "

@@ -274,6 +274,18 @@ def _check_run(
         raise ValueError(f"{args.n_gpu} devices in one process: "
                          "start one process each, with torchrun or accelerate launch")
 
+# %% ../nbs/09b_train.ipynb #own-tokens
+class _OwnTokens(TrainerCallback):
+    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
+    def __init__(self, model):
+        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
+        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
+        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+
+    def on_train_begin(self, *args, **kwargs):
+        for config, name, value in self.own:
+            setattr(config, name, value)
+
 # %% ../nbs/09b_train.ipynb #stream
 def _sample(item): return row_haystack(item) if isinstance(item, dict) and "questions" in item else item
 
@@ -413,17 +425,6 @@ class LaidTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
-
-class _OwnTokens(TrainerCallback):
-    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
-    def __init__(self, model):
-        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
-        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
-        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
-
-    def on_train_begin(self, *args, **kwargs):
-        for config, name, value in self.own:
-            setattr(config, name, value)
 
 # %% ../nbs/09b_train.ipynb #bad-pictures
 @patch
