@@ -82,7 +82,7 @@ class Damaged(ValueError):
     "An entry whose checksum does not hold."
 
 class TensorFolder:
-    "Dictionaries of tensors in a folder of their own, as safetensors. Ours. `ValueError` where it is of something else."
+    "Dictionaries of tensors in a folder of their own, as safetensors. Ours. `ValueError` where it is something else's."
     def __init__(
         self,
         path,  # of the folder; made if it is not there
@@ -112,7 +112,8 @@ def size(self: TensorFolder) -> int:
             except FileNotFoundError: pass  # finished or removed by another process meanwhile
     return total
 
-class _Full(Exception): pass
+class _Full(Exception):
+    "No room."
 
 @patch
 def save(
