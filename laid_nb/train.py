@@ -8,6 +8,7 @@ __all__ = ['LaidConfig', 'LaidTrainer', 'quiet_training']
 # %% ../nbs/09b_train.ipynb #imports
 import math
 import tempfile
+import warnings
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, make_dataclass
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 from safetensors.torch import save_file
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainingArguments
 
+from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
 from .capture import capture
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, image_inputs, image_tokens, n_images, read_groups, read_positions
+    HaystackCollator, SizeSampler, image_inputs, image_tokens, n_images, precompute, read_groups, read_positions
 )
 from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
 from .mixing import FORMS
-from .parts import PARTS, check_parts, make_parts
+from .parts import PARTS, StreamPart, check_parts, make_parts
 from .patch import patch
 from .recompose import Recomposed, has_unlabelled
 from .rope import rope_spec
@@ -44,6 +46,7 @@ def _own_settings() -> type:
         fields += _fields(term.options)
     for part in PARTS:
         fields += _fields(part.options)
+    fields += _fields(CACHE_OPTIONS)
     return make_dataclass("OwnSettings", fields)
 
 def _fields(options: dict) -> list[tuple]:
@@ -158,6 +161,7 @@ def check_config(config: LaidConfig) -> None:
     if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError("reentrant gradient checkpointing gives captured queries and keys no gradient: "
                          "leave use_reentrant off")
+    check_cache(config)
 
 # %% ../nbs/09b_train.ipynb #schedule
 def step_generator(
@@ -194,7 +198,7 @@ def _check_run(
     "`ValueError` for a training that cannot begin."
     if args.method != "sft" and teacher is None: raise ValueError(f"method {args.method!r} needs a teacher")
     if len(data) == 0: raise ValueError("no haystack to train on")
-    for i, sample in enumerate(data):
+    for i, sample in enumerate(getattr(data, "haystacks", data)):
         if not args.teaches and has_unlabelled(sample, turns):
             raise ValueError(f"sample {i} has questions that nobody has answered, and no term but SFT counts: "
                              "give their answers, or use method kd or laid")
@@ -234,7 +238,8 @@ class LaidTrainer(Trainer):
             tower.requires_grad_(False)
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
-        self.sizes = [n_images(s) for s in train_dataset]
+        self.sizes = [n_images(s) for s in getattr(train_dataset, "haystacks", train_dataset)]
+        train_dataset = self._use_caches(args, model, processing_class, train_dataset, kwargs)
         if args.recompose:
             seed = args.data_seed or args.seed
             train_dataset = Recomposed(train_dataset, args.recompose, collator, seed, lambda: self.epoch)
@@ -253,6 +258,34 @@ def _freeze(
     teacher.requires_grad_(False).eval()
     if getattr(teacher, "hf_device_map", None) is None:
         teacher.to(device)
+
+# %% ../nbs/09b_train.ipynb #caches
+def _check_caches(args: LaidConfig, model, teacher, simulates: bool) -> None:
+    "`ValueError` for what cannot be kept; a warning for what will rarely be found."
+    text = {id(p) for p in model.get_decoder().parameters()} | {id(p) for p in model.get_output_embeddings().parameters()}
+    moving = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in text]
+    if args.feature_cache and moving:
+        raise ValueError(f"{moving[0]} is trained, so what it makes of pictures changes: leave feature_cache out")
+    if not has_body(teacher) and args.recompose:
+        raise ValueError("recomposed samples are new each time, and of this teacher there is only the head: "
+                         "give the teacher itself, or use recompose=0")
+    if args.teacher_cache and simulates:
+        warnings.warn("window simulation draws positions anew at every step, and the teacher's answers depend on them: "
+                      "the teacher cache serves other runs of the same seed, steps and batches, and no other epoch")
+
+@patch
+def _use_caches(self: LaidTrainer, args: LaidConfig, model, processor, data, kwargs: dict):
+    "The training set, with features from `feature_cache`; and the teacher cache, with its collator."
+    self.cached, collator = None, kwargs["data_collator"]
+    _check_caches(args, model, self.teacher, self.simulates)
+    if args.feature_cache and not isinstance(data[0], dict):
+        share, teacher = (args.process_index, args.world_size), self.teacher if has_body(self.teacher) else None
+        data = precompute(data, collator, model, teacher, not args.disable_tqdm, args.feature_cache, share)
+        args.distributed_state.wait_for_everyone()
+    if args.teacher_cache:
+        self.cached = TeacherCache(args, self.teacher, processor, data, collator)
+        kwargs["data_collator"] = KeyedCollator(collator)
+    return data
 
 # %% ../nbs/09b_train.ipynb #place
 @patch(as_prop=True)
@@ -289,9 +322,18 @@ def start(self: LaidTrainer) -> None:
     training = self.model.training
     with self.accelerator.autocast():
         self.model.eval()
-        for part in self.parts:
-            part.start(batches)
+        if self.cached is None:
+            self._begin(batches)
+        else:
+            measured = [part for part in self.parts if part.measured]
+            self.cached.start(self.model, measured, batches, lambda: self._begin(batches))
         self.model.train(training)
+
+@patch
+def _begin(self: LaidTrainer, batches: list[dict]) -> None:
+    "Let every part measure what it starts from."
+    for part in self.parts:
+        part.start(batches)
 
 @patch
 def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
@@ -372,7 +414,17 @@ def read_teacher(
     bias,  # factors of the bias that both models read with, or None
     rows: torch.Tensor,  # bool [batch, tokens]: whose logits are wanted
 ) -> dict[str, torch.Tensor]:  # `logits` [rows, vocabulary], and what each part has `heard`
-    "All that the teacher contributes to a micro-batch."
+    "All that the teacher contributes to a micro-batch: read, or found where it was kept."
+    if self.cached is None: return self.ask_teacher(inputs, how, bias, rows)
+    streams = any(isinstance(part, StreamPart) for part in self.parts)
+    self.cached.open(sorted({t for part in self.parts for _, t in part.pairs}), streams)
+    with torch.no_grad(), self.accelerator.autocast():
+        return self.cached.read(inputs, how["logits_to_keep"], rows, how["position_ids"], bias,
+                                lambda: self.ask_teacher(inputs, how, bias, rows))
+
+@patch
+def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    "A forward pass of the teacher, as for `read_teacher`."
     self.caches[1].bias = bias
     with torch.no_grad(), self.accelerator.autocast():
         logits = self.teacher(**image_inputs(self.teacher, inputs, "teacher"), **how).logits
