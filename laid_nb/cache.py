@@ -133,16 +133,16 @@ def check_cache(
 
 # %% ../nbs/08a_cache.ipynb #entry
 def _kept_tokens(
-    name: str,  # "q.t" or "k.t"
+    name: str,  # such as "q.t" or "k.t" of layer t
     settings,  # LaidConfig
     turn: torch.Tensor,  # [tokens] of the sample
     seed: int,
-) -> torch.Tensor:  # int64 [kept]
+) -> torch.Tensor | None:  # int64 [kept]; None: all
     "Of which tokens something is kept."
     kind, n = settings.teacher_cache_heads, len(turn)
     if kind == "rows" and name[0] == "q": return (turn >= 0).nonzero()[:, 0]
-    if kind == "subset": return draw_subset(n, settings.teacher_cache_share, seed).to(turn.device)
-    return torch.arange(n, device=turn.device)
+    if kind == "subset" and name[0] in "qk": return draw_subset(n, settings.teacher_cache_share, seed).to(turn.device)
+    return None
 
 def to_entry(
     said: dict,  # of one sample: heads [heads, tokens, head_dim], streams [tokens, width], scalars, `final`
@@ -153,9 +153,9 @@ def to_entry(
     "What is kept of a sample."
     entry = {}
     for name, x in said.items():
-        if name[:2] in ("q.", "k.") and settings.teacher_cache_heads != "all":
-            entry[f"at.{name[0]}"] = at = _kept_tokens(name, settings, turn, seed)
-            x = x[:, at]
+        at = _kept_tokens(name, settings, turn, seed) if name[:2] in ("q.", "k.") else None
+        if at is not None:
+            x, entry[f"at.{name[0]}"] = x[:, at], at
         if name[:2] in ("q.", "k.") and settings.teacher_cache_bits == 8:
             x, entry[f"scale.{name}"] = to_bits(x)
         entry[name] = x
@@ -196,8 +196,8 @@ def from_entries(
     if not any(name.startswith("at.") for name in entries[0]): return said
     for x in "qk":
         at = [e.get(f"at.{x}", torch.arange(n)) for e, n in zip(entries, sizes)]
-        subset = "at.k" in entries[0]
-        stands = [n/len(a) if subset else 1. for a, n in zip(at, sizes)]
+        drawn = "at.k" in entries[0]  # a subset, whose tokens stand for the others; chosen rows stand for themselves
+        stands = [n/len(a) if drawn else 1. for a, n in zip(at, sizes)]
         said[f"count.{x}"] = token_counts(at, stands, tokens).to(device)
     return said
 
