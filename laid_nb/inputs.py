@@ -350,6 +350,7 @@ class StoredSamples(torch.utils.data.Dataset):
     def __len__(self): return len(self.keys)
 
     def __getitem__(self, i):
+        if isinstance(i, slice): return [self[n] for n in range(*i.indices(len(self)))]
         haystack, tensors = self.haystacks[i], self.folder.load(self.keys[i])
         if tensors is None:
             raise ValueError(f"sample {i} is not in {self.folder.path}: "
