@@ -99,7 +99,8 @@ def effect(
         accuracy = {f"{n} images": a for n, a in zip(found.sizes, found.accuracy)}
         asked = trained.cached.asked if trained.cached else epochs*len(pool)
         losses = terms(trained, held_out)
-        rows.append({"seed": seed, "kept": name, "bytes / token": size/tokens, "teacher reads": asked, **losses, **accuracy})
+        about = {"seed": seed, "kept": name, "bytes / token": size/tokens, "teacher reads": asked}
+        rows.append(about | losses | accuracy)
         print(table(rows[-1:]), flush=True)
     return rows
 
@@ -108,7 +109,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 4096], help="of the haystack that is read")
     parser.add_argument("--effect", type=int, nargs="*", metavar="SEED", help="train the embedded student instead")
-    parser.add_argument("--quick", action="store_true", help="512 tokens, one step, one short training; nothing is written")
+    parser.add_argument("--quick", action="store_true", help="512 tokens, one short training; nothing is written")
     args = parser.parse_args()
     logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)

@@ -107,7 +107,8 @@ CACHE_OPTIONS = {  # settings of LaidConfig: name -> (type, default, help)
         "Queries and keys that are kept: of all tokens; all keys and the queries of questions and answers (another "
         "Eq. 7); or of a random subset of the tokens (unbiased).")),
     "teacher_cache_share": (float, 0.25, "Share of the tokens in the subset."),
-    "teacher_cache_bits": (Literal[0, 8], 0, "8: queries and keys in 8 bits with a scale for each head; 0: as computed."),
+    "teacher_cache_bits": (Literal[0, 8], 0, (
+        "8: queries and keys in 8 bits with a scale for each head; 0: as computed.")),
     "feature_cache": (str | None, None, (
         "Folder that keeps what the frozen vision towers make of the pictures: each is computed once.")),
 }
@@ -120,7 +121,8 @@ def check_cache(
         allowed, value = CACHE_OPTIONS[name][0].__args__, getattr(config, name)
         if value not in allowed:
             raise ValueError(f"{name} is {value!r}: need one of {', '.join(map(str, allowed))}")
-    if not config.teacher_cache_gb > 0: raise ValueError(f"teacher_cache_gb is {config.teacher_cache_gb}: need more than 0")
+    if not config.teacher_cache_gb > 0:
+        raise ValueError(f"teacher_cache_gb is {config.teacher_cache_gb}: need more than 0")
     if not 0 < config.teacher_cache_share <= 1:
         raise ValueError(f"teacher_cache_share is {config.teacher_cache_share}: need a share above 0, at most 1")
     if not config.teacher_cache: return
@@ -237,7 +239,8 @@ def cached_teacher(
     "The teacher of a cache, without its body. `ValueError` for a folder that is none, or holds no head."
     from transformers import AutoConfig, AutoModelForImageTextToText
     path = Path(path)/"said"
-    if not (path/"about.json").is_file(): raise ValueError(f"{path.parent} is no teacher cache: {path} has no about.json")
+    if not (path/"about.json").is_file():
+        raise ValueError(f"{path.parent} is no teacher cache: {path} has no about.json")
     about = read_json(path/"about.json")
     head = TensorFolder(path, about).load("head") if (path/"config.json").is_file() else None
     if head is None:

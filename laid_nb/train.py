@@ -262,7 +262,7 @@ def _freeze(
 # %% ../nbs/09b_train.ipynb #caches
 def _check_caches(args: LaidConfig, model, teacher, simulates: bool) -> None:
     "`ValueError` for what cannot be kept; a warning for what will rarely be found."
-    text = {id(p) for p in model.get_decoder().parameters()} | {id(p) for p in model.get_output_embeddings().parameters()}
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
     moving = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in text]
     if args.feature_cache and moving:
         raise ValueError(f"{moving[0]} is trained, so what it makes of pictures changes: leave feature_cache out")
