@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 from torch.nn.functional import one_hot, pad
+from torch.nn.utils.rnn import pad_sequence
 
 from laid_nb.inputs import (
     family_of,
@@ -337,9 +338,9 @@ def ask_sorted(
             stack = _sort_images(stack, 0, shares)
             known = known and _sorted_features(known, shares.argsort(stable=True))
         scores, reply = ask(model, processor, stack, [0], 1, max_new_tokens, "", size, known)
-        log_p.append(scores)
+        log_p.append(scores[0])
         replies += reply or []
-    return torch.cat(log_p), replies if max_new_tokens else None
+    return pad_sequence(log_p, batch_first=True, padding_value=-math.inf), replies if max_new_tokens else None
 
 # %% ../nbs/11_baselines.ipynb #evaluate-with
 _METHODS = {"yarn": yarn, "self_extend": self_extend, "log_n": log_scaling}  # what changes a model for a while

@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .haystack import YES_NO, Haystack, haystack_fingerprint
+from .haystack import IMAGE, YES_NO, Haystack, haystack_fingerprint
 from .inputs import prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
 from .store import model_fingerprint, tower_fingerprint
 
@@ -194,6 +194,7 @@ def _check_finite(haystack, turn, log_p):
 def _scored(question, log_p):
     "What the log-probabilities of the choices, in their order, say about a question."
     mass = sum(math.exp(p) for p in log_p)
+    if not question.choices: return dict(margin=0., mass=0., correct=False)  # nothing to compare: what is written counts
     if question.choices == YES_NO:
         margin = log_p[0] - log_p[1]
         return dict(margin=margin, mass=mass, correct=margin != 0 and (margin > 0) == question.answer)
@@ -209,7 +210,7 @@ def _record(haystack, mark, turn, log_p, reply):
     _check_finite(haystack, turn, log_p)
     about = dict(haystack=haystack.id, question=turn, fingerprint=mark, size=len(haystack.images),
                  needles=list(question.needles), kind=question.kind, answer=question.answer)
-    written = {} if reply is None else _read_answer(question, reply)
+    written = {} if reply is None else read_answer(question, reply)
     return about | _scored(question, log_p) | written
 
 # %% ../nbs/10a_evaluate.ipynb #written
@@ -232,10 +233,27 @@ def _named(question, text):
             found.add(words[word])
     return found | {c for c in letters if _names_letter(c, text)}
 
-def _read_answer(question, text):
+def _vhs_words(text):
+    "The words of a text in small letters, as the toolkit's scorer cuts them (NLTK): `no-one` and `yes/no` are one."
+    chunks = re.findall(r"(?:[\w+./=\\^|~…-]|[,:](?=\d))+", text.lower())
+    return {part.rstrip(".") for chunk in chunks for part in re.split(r"--|\.\.\.", chunk)}
+
+def _plain_words(text):
+    "A text in small letters without punctuation and articles, one space between words."
+    words = re.sub(r"[^\w\s]|_", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+def read_answer(
+    question,  # a `Question`
+    text: str,  # a written answer
+) -> dict:  # `response`: the text; `compliant`: it names a choice; `correct`: it names the right one
     "What a written answer says about a question."
+    if not question.choices:
+        right, said = _plain_words(question.answer), _plain_words(text)
+        inside = f" {right} " in f" {said} " if right.isascii() else right in said
+        return dict(response=text, compliant=bool(said), correct=bool(right) and inside, exact=said == right)
     if question.choices == YES_NO:
-        words = set(re.findall(r"[a-z]+", text.lower()))
+        words = _vhs_words(text)
         right = "yes" if question.answer else "no"
         return dict(response=text, compliant=bool(words & {"yes", "no"}), correct=right in words)
     named = _named(question, text)
@@ -288,7 +306,16 @@ def _append(path, records):
         os.fsync(f.fileno())
 
 # %% ../nbs/10a_evaluate.ipynb #check-evaluate
-def _check_haystacks(haystacks):
+def _check_free(haystack, question, generate):
+    "Refuse free answers where nothing is written, and images between the words of a question."
+    if not question.choices and not generate:
+        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it needs "
+                         "generate=True, or --generate")
+    if IMAGE in question.text:
+        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, but "
+                         "is not evaluated, since images are read once for all questions")
+
+def _check_haystacks(haystacks, generate):
     "Refuse haystacks that cannot be told apart, or have nothing to ask."
     ids = {h.id for h in haystacks}
     if not haystacks or len(ids) < len(haystacks):
@@ -298,6 +325,7 @@ def _check_haystacks(haystacks):
             raise ValueError(f"haystack {h.id!r} has {len(h.images)} images and {len(h.questions)} questions: "
                              "it needs at least one of each")
         for q in h.questions:
+            _check_free(h, q, generate)
             if q.answer is None or (q.choices == YES_NO and not isinstance(q.answer, bool)):
                 raise ValueError(f"haystack {h.id!r} has a question that is not answered by yes or no, "
                                  "or by one of its choices")
@@ -323,7 +351,7 @@ def _evaluating(model):
 def evaluate(
     model,  # any transformers model that answers about images
     processor,  # its processor
-    haystacks,  # haystacks with unique ids; each question has one of its choices as the answer
+    haystacks,  # haystacks with unique ids; each question has an answer, one of its choices where it has any
     path: str | Path | None = None,  # JSONL file to write and to resume; None: nothing is written
     name: str = "",  # of the model, for the file's header and the progress bar
     batch: int = 8,  # questions of one haystack continued at once
@@ -340,7 +368,7 @@ def evaluate(
 
     Skips what `path` holds already; ValueError where that is of another model, setting or haystack."""
     haystacks, length = list(haystacks), max_new_tokens if generate else 0
-    _check_haystacks(haystacks)
+    _check_haystacks(haystacks, generate)
     if features:
         _check_tower(model, features)
     marks = {h.id: haystack_fingerprint(h) for h in haystacks}

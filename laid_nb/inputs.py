@@ -440,6 +440,13 @@ def read_groups(
     "Which image each token belongs to."
     return image_groups(batch["input_ids"], *image_tokens(model))
 
+# %% ../nbs/07c_inputs.ipynb #no-thought
+def no_thought(
+    processor,  # a transformers processor with a chat template
+) -> dict:  # arguments of `apply_chat_template`
+    "How a chat template that can do without a thought is told to."
+    return {"enable_thinking": False} if "enable_thinking" in str(processor.chat_template) else {}
+
 # %% ../nbs/07c_inputs.ipynb #prompt
 def question_text(
     processor,  # a transformers processor with a chat template
@@ -450,7 +457,7 @@ def question_text(
     "The text of a prompt with one question, as the chat template renders it."
     images = [{"type": "image"}]*len(haystack.images)
     chat = [{"role": "user", "content": images + [{"type": "text", "text": prompt + haystack.questions[turn].text}]}]
-    return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **no_thought(processor))
 
 
 def question_ids(
@@ -468,6 +475,15 @@ def prefix_length(
 ) -> int:
     "Number of tokens of a prompt up to the end of the last image, as the processor writes it."
     return _images_end(processor, inputs["input_ids"]) + family_of(processor).closing
+
+# %% ../nbs/07c_inputs.ipynb #opens-thought
+def opens_thought(
+    processor,  # a transformers processor with a chat template
+    haystack: Haystack,  # any
+) -> bool:
+    "Whether the chat template begins an answer with a thought that it leaves open."
+    asked = question_text(processor, haystack, 0).rpartition(haystack.questions[0].text)[2]
+    return asked.count("<think>") > asked.count("</think>")
 
 # %% ../nbs/07c_inputs.ipynb #prompt-inputs
 def _check_tail(found, tail):

@@ -453,6 +453,14 @@ def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):
     assert a[1] == b[1] and len(a[1]) == 4
     assert not torch.allclose(a[0], ask_sorted(model, processor, haystack, rounds=2)[0], atol=1e-5)  # the prompt is read
 
+def test_ask_sorted_takes_questions_with_unequal_numbers_of_choices(model, processor, haystack):
+    few, many = (replace(q, choices=c, answer="A", kind="choice", wording=q.text) for q, c in zip(haystack.questions, (("A", "B"), ("A", "B", "C"))))
+    found = ask_sorted(model, processor, replace(haystack, questions=(few, many)))[0]
+    assert found.shape == (2, 3) and found[0, 2] == -math.inf and found[1].isfinite().all()
+    for i, q in enumerate((few, many)):
+        alone = ask_sorted(model, processor, replace(haystack, questions=(q,)))[0][0]
+        torch.testing.assert_close(found[i, :len(q.choices)], alone)
+
 def test_ask_sorted_refuses(model, processor, haystack, tmp_path):
     with pytest.raises(ValueError, match="1 round"): ask_sorted(model, processor, haystack, rounds=0)
     for i, size in enumerate((56, 112)): Image.new("RGB", (size, 56), (i*99, 0, 0)).save(tmp_path/f"{i}.png")
