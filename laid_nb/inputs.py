@@ -4,21 +4,27 @@
 
 # %% auto #0
 __all__ = ['OTHER', 'TEXT', 'FAMILIES', 'is_text', 'messages', 'Family', 'question_text', 'encode', 'pad', 'HaystackCollator',
-           'n_images', 'SizeSampler', 'image_features', 'precompute', 'image_inputs', 'read_positions', 'check_among',
-           'read_groups', 'reply_lead', 'question_ids', 'prompt_inputs', 'prompt_groups', 'prefix_length',
-           'precompute_prompts']
+           'n_images', 'SizeSampler', 'image_features', 'precompute', 'StoredSamples', 'image_inputs', 'read_positions',
+           'check_among', 'read_groups', 'reply_lead', 'question_ids', 'prompt_inputs', 'prompt_groups',
+           'prefix_length', 'precompute_prompts']
 
 # %% ../nbs/07c_inputs.ipynb #imports
+import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from tqdm.auto import tqdm
 
+from .folder import TensorFolder
 from .haystack import Haystack, Passage, Question
-from .store import tokenizer_of, tower_fingerprint
+from .simulate import image_groups
+from .store import processor_fingerprint, short_hash, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/07c_inputs.ipynb #check-turns
 def _check_turns(haystack, turns):
@@ -190,7 +196,7 @@ def _owners(offsets, spans) -> torch.Tensor:
     return owner[None]
 
 # %% ../nbs/07c_inputs.ipynb #run-processor
-OURS = ("labels", "replies", "turn", "image", "prefix", "needles", "haystack",  # not for a model
+OURS = ("labels", "replies", "turn", "image", "prefix", "needles", "haystack", "content",  # not for a model
         "student_features", "teacher_features", "features")
 
 def _check_fields(made, family, processor):
@@ -453,14 +459,79 @@ def precompute(
     student,  # its vision tower must stay frozen
     teacher=None,  # likewise; None for method "sft"
     progress: bool = True,  # show a bar
-) -> list[dict]:  # encoded, `student_features` and `teacher_features` in place of pixels, and the `haystack` itself
-    "Encode a pool of haystacks once, images and all."
+    folder=None,  # keep them there instead of in memory; what is there already is not made again
+    share: tuple[int, int] = (0, 1),  # (process, processes): with a folder, which samples this process makes
+):  # list[dict] or StoredSamples: encoded, `student_features` and `teacher_features` for pixels, and the `haystack`
+    "Encode a pool of haystacks once, images and all. ValueError for a folder made with other towers or processor."
     models = {"student_features": student, "teacher_features": teacher}
     models = {name: model for name, model in models.items() if model is not None}
+    if folder is not None: return _store(haystacks, collator, models, folder, share, progress)
     bar = tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress)
     return [_replace_pixels(collator.encode(h), models) | {"haystack": h} for h in bar]
 
+# %% ../nbs/07c_inputs.ipynb #sample-key
+@functools.lru_cache(None)
+def _file_hash(path, modified, size): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+
+def _image_mark(image) -> str:
+    "What a picture is: the scene that is drawn, or the bytes of the file."
+    if not isinstance(image, (str, Path)): return repr(image)
+    about = Path(image).stat()
+    return _file_hash(str(image), about.st_mtime_ns, about.st_size)
+
+def sample_key(
+    haystack: Haystack,
+    turns: int,  # questions that are read, the first ones
+) -> str:  # 16 hex digits
+    "Hash of all that an encoded haystack depends on, beside processor and settings. FileNotFoundError for an image."
+    return short_hash([_image_mark(i) for i in haystack.images], [repr(q) for q in haystack.questions[:turns]])
+
+# %% ../nbs/07c_inputs.ipynb #stored
+class StoredSamples(torch.utils.data.Dataset):
+    "Samples from `precompute` in a folder: read one at a time, mapped and not held."
+    def __init__(
+        self,
+        haystacks: list,  # `Haystack`s
+        keys: list[str],  # of each, in the folder
+        folder: TensorFolder,
+        turns: int,  # questions of a haystack that are read
+    ):
+        self.haystacks, self.keys, self.folder, self.turns = list(haystacks), keys, folder, turns
+
+    def __len__(self): return len(self.keys)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice): return [self[n] for n in range(*i.indices(len(self)))]
+        haystack, tensors = self.haystacks[i], self.folder.load(self.keys[i])
+        if tensors is None:
+            raise ValueError(f"sample {i} is not in {self.folder.path}: "
+                             "precompute it, in every process, before training")
+        needles = [list(q.needles) for q in haystack.questions[:self.turns]]
+        return tensors | {"needles": needles, "haystack": haystack}
+
+# %% ../nbs/07c_inputs.ipynb #store
+def _store(haystacks, collator, models, folder, share, progress) -> StoredSamples:
+    "`precompute` into a folder, made or gone on with."
+    about = {name: tower_fingerprint(model) for name, model in models.items()}
+    about |= dict(processor=processor_fingerprint(collator.processor), turns=collator.turns, size=collator.size)
+    kept, keys = TensorFolder(folder, about), [sample_key(h, collator.turns) for h in haystacks]
+    bar = tqdm(range(share[0], len(keys), share[1]), desc="encode haystacks", unit="haystack", disable=not progress)
+    for i in bar:
+        if keys[i] in kept: continue
+        sample = _replace_pixels(collator.encode(haystacks[i]), models)
+        kept.save(keys[i], {name: x for name, x in sample.items() if torch.is_tensor(x)})
+    return StoredSamples(haystacks, keys, kept, collator.turns)
+
 # %% ../nbs/07c_inputs.ipynb #image-inputs
+def _check_seen(model, batch, name):
+    "Refuses image tokens without an image: a model that is given neither features nor pixels answers blindly."
+    family = family_of(model)
+    if any(field in batch for field in family.pixels): return
+    if (batch["input_ids"] == getattr(model.config, family.image, -1)).any():
+        others = ", ".join(key for key in batch if key.endswith("features")) or "no features"
+        raise ValueError(f"there are image tokens, but neither {name} nor {', '.join(family.pixels)}, only {others}: "
+                         f"{type(model).__name__} would answer without seeing; precompute with this model too")
+
 def _check_features(features, name, shape, role):
     "Refuses features that are not one row for each image token, as wide as the model."
     if features.shape != shape:
@@ -476,7 +547,9 @@ def image_inputs(
     "What to call the model with; ValueError when precomputed features do not fit it."
     family, name = family_of(model), f"{role}_features" if role else "features"
     features = batch.get(name)
-    if features is None: return {key: x for key, x in batch.items() if key not in OURS}
+    if features is None:
+        _check_seen(model, batch, name)
+        return {key: x for key, x in batch.items() if key not in OURS}
     image = batch["input_ids"] == getattr(model.config, family.image)
     embeds = model.get_input_embeddings()(batch["input_ids"])
     _check_features(features, name, (int(image.sum()), embeds.shape[-1]), role)

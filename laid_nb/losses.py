@@ -38,11 +38,16 @@ def _squared_error(
     target: torch.Tensor,  # the same shape
     real: torch.Tensor,  # bool [batch, tokens], True = real
     scale: float | torch.Tensor | None,  # mean square of the teacher's heads; None = plain sum
+    counts: torch.Tensor | None = None,  # [batch, tokens]: how many tokens each stands for; None = itself
 ) -> torch.Tensor:  # scalar, float32 (float64 for float64 input)
     "Sum of squared differences over real tokens, or their mean over `scale`."
+    real = real if counts is None else real & (counts.to(real.device) > 0)
     dtype = torch.promote_types(torch.promote_types(student.dtype, target.dtype), torch.float32)
     difference = student.to(dtype) - target.to(student.device, dtype)
     squares = difference.transpose(1, 2)[real].square()  # [real tokens, heads, head_dim]
+    if counts is not None:
+        each = counts.to(squares)[real][:, None, None]
+        squares = squares * (each if scale is None else each / each.mean())
     return squares.sum() if scale is None else squares.mean() / scale
 
 def _check_scale(
@@ -65,6 +70,7 @@ def laid_loss(
     scale_q: float | torch.Tensor | None = None,  # mean square of the teacher's queries, fixed; for norm="mean"
     scale_k: float | torch.Tensor | None = None,  # the same of its keys
     norm: str = "mean",  # "mean" over heads, tokens, dims and scale (ours), or "sum" (the paper's letter)
+    counts: tuple | None = None,  # [batch, tokens] of queries, of keys: how many tokens each stands for; None = itself
 ) -> tuple[torch.Tensor, torch.Tensor]:  # scalars (queries, keys); Eq. 7 is their sum
     """Squared error of the student's heads against their mixtures of teacher heads (paper Eq. 7), rotated or not alike.
     `ValueError` on shapes, scales or a missing gradient."""
@@ -74,7 +80,7 @@ def laid_loss(
     if target_k.ndim == 4 and target_k.shape[1] == student_q.shape[1]:
         student_k = repeat_kv(student_k, student_q.shape[1])
     sides = (student_q, target_q, scale_q, "queries"), (student_k, target_k, scale_k, "keys")
-    for student, target, scale, name in sides:
+    for (student, target, scale, name), count in zip(sides, counts or (None, None)):
         _check_gradient(student, f"student {name}")
         check_heads(student, target, f"student {name}", f"target {name}")
         if student.shape != target.shape:
@@ -82,7 +88,7 @@ def laid_loss(
                              "differ in heads")
         if norm == "mean":
             _check_scale(scale, name)
-        losses.append(_squared_error(student, target, real, scale if norm == "mean" else None))
+        losses.append(_squared_error(student, target, real, scale if norm == "mean" else None, count))
     return losses[0], losses[1]
 
 # %% ../nbs/04_losses.ipynb #pair
@@ -570,6 +576,7 @@ class Evidence:
     heads: tuple | None = None  # (student q, student k, target q, target k) of a pair of layers, after RoPE
     scalings: tuple | None = None  # what student and teacher multiply q·k by
     scales: tuple | None = None  # mean squares of the teacher's queries and keys
+    counts: tuple | None = None  # [batch, tokens] of queries, of keys: how many tokens each stands for; None = itself
     spec: RopeSpec | None = None  # RoPE of both layers; None where they differ
     streams: tuple | None = None  # (student's, target) residual streams [batch, tokens, width] after a pair of layers
     mask: torch.Tensor | None = None  # [batch, tokens], 1 = real
@@ -629,7 +636,7 @@ TERMS["kl"] = Term(
              "divergence": (Literal["forward", "reverse", "jsd"], "forward", (
                  "KL term: KL(teacher, student), the paper's; the reverse; or the Jensen-Shannon divergence."))})
 TERMS["laid"] = Term(
-    lambda e: sum(laid_loss(*e.heads, e.mask, *e.scales)),
+    lambda e: sum(laid_loss(*e.heads, e.mask, *e.scales, counts=e.counts)),
     "queries and keys themselves (Eq. 7)", sees="heads", methods=METHODS[2:], colour="C4", per="tokens")
 TERMS["fourier"] = Term(
     _fourier_by_sample,

@@ -33,6 +33,7 @@ class Part:
     missing = ""  # what is said where a checkpoint lacks the file
     unasked = ""  # what is said where a checkpoint has the file and the settings do not ask for the part
     again = ""  # why a finished one cannot be trained on; "" where it can
+    measured = False  # whether it starts from what both models make of the first haystacks
     options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
     in_weights = False  # whether a stock checkpoint has it in its weights
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
@@ -82,7 +83,7 @@ def _entries(
 # %% ../nbs/09a_parts.ipynb #mixing
 class MixingPart(Part):
     "Mixing weights for every pair of aligned layers: student heads as mixtures of teacher heads (paper Eq. 3)."
-    file = "mixing.safetensors"
+    file, measured = "mixing.safetensors", True
     unasked = "was trained with mixing weights: go on with its method"
 
     @staticmethod
@@ -175,7 +176,8 @@ def show(self: MixingPart, evidence: Evidence, pairs: dict, said: dict) -> dict:
         mixed = mixing(*(said[f"{x}.{t}"].to(own[0].device) for x in "qk"))
         shown[s, t] = replace(
             evidence, heads=(*own, *mixed), scalings=(cache.scaling[s], said[f"scaling.{t}"].item()),
-            scales=(mixing.scale_q, mixing.scale_k), spec=self.specs[s, t])
+            scales=(mixing.scale_q, mixing.scale_k), spec=self.specs[s, t],
+            counts=(said["count.q"], said["count.k"]) if "count.q" in said else None)
     return pairs | shown
 
 @patch
@@ -200,6 +202,7 @@ def load_state(self: MixingPart, folder: Path) -> None:
 class StreamPart(Part):
     "Projections of the teacher's residual stream after each aligned layer. Ours."
     file, missing = "hidden.safetensors", "that run compared no hidden states; use lambda_hidden=0"
+    measured = True
     unasked = "was trained with hidden states compared: go on with its lambda_hidden"
 
     @staticmethod

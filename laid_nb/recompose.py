@@ -291,3 +291,10 @@ class Recomposed(torch.utils.data.Dataset):
         if rng.random() >= self.share: return sample
         questions = len(sample["needles"]) if isinstance(sample, dict) else min(self.turns, len(sample.questions))
         return self.encode(self.pool.haystack(n_images(sample), questions, rng))
+
+# %% ../nbs/07d_recompose.ipynb #is-recomposed
+def is_recomposed(
+    sample,  # a haystack, or an encoded one
+) -> bool:
+    "Whether a sample was put together anew."
+    return getattr(sample.get("haystack") if isinstance(sample, dict) else sample, "id", None) == "recomposed"

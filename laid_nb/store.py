@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_json', 'read_json', 'slug', 'cores',
            'prepare_process', 'model_path', 'quantisation', 'load_model', 'settle_checkpoint', 'save_model',
-           'short_hash', 'model_fingerprint', 'tower_fingerprint', 'hardware', 'versions']
+           'short_hash', 'model_fingerprint', 'tower_fingerprint', 'weights_fingerprint', 'processor_fingerprint',
+           'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
 import hashlib
@@ -334,6 +335,7 @@ def _digest(
     "Hash of names, shapes and up to 4096 spaced values of each tensor."
     digest = hashlib.sha256()
     for name, x in sorted(named):
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
         flat = x.detach().flatten()
         values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
@@ -354,8 +356,26 @@ def model_fingerprint(
 def tower_fingerprint(
     model,  # a transformers model
 ) -> str:  # 16 hex digits
-    "Hash of up to 4096 spaced values of each weight of the vision tower."
-    return _digest(model.get_encoder(modality="image").named_parameters())[:16]
+    "Hash of up to 4096 spaced values of each weight that makes image features: vision tower and projector."
+    text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    others = {id(p) for part in text for p in part.parameters()}
+    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+
+def weights_fingerprint(
+    model,  # a transformers model
+) -> str:  # 16 hex digits
+    "Hash of configuration and of up to 4096 spaced values of each weight, whatever its processor."
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return short_hash(config, _digest(model.named_parameters()))
+
+# %% ../nbs/06a_store.ipynb #processor
+def processor_fingerprint(
+    processor,  # a transformers processor
+) -> str:  # 16 hex digits
+    "Hash of template, tokenizer and all settings."
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
+    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:

@@ -25,27 +25,29 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from .capture import capture
-from .haystack import row_haystack
+from laid_nb.cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
+from laid_nb.capture import capture
+from laid_nb.haystack import row_haystack
 from laid_nb.inputs import (
     HaystackCollator, SizeSampler, check_among, image_inputs, n_images, read_groups, read_positions
-)
-from laid_nb.losses import (
+    HaystackCollator, SizeSampler, image_inputs, image_tokens, n_images, precompute, read_groups, read_positions
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
-from .mixing import FORMS
-from .pair import check_same_reading
-from .parts import PARTS, LoraPart, check_parts, make_parts
-from .patch import patch
-from .pictures import BadPicture
-from .recompose import Recomposed, has_unlabelled
-from .rope import rope_layers, rope_spec
+from laid_nb.losses import 
+)
+from laid_nb.mixing import FORMS
+from laid_nb.pair import check_same_reading
+from laid_nb.parts import PARTS, LoraPart, StreamPart, check_parts, make_parts
+from laid_nb.patch import patch
+from laid_nb.pictures import BadPicture
+from laid_nb.recompose import Recomposed, has_unlabelled
+from laid_nb.rope import rope_layers, rope_spec
 from laid_nb.shard import (
     check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
     place_teacher, read_one_token, uses_fsdp
 )
-from .simulate import WindowSimulation, asked_rows, thinned_factors
-from .store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
+from laid_nb.simulate import WindowSimulation, asked_rows, thinned_factors
+from laid_nb.store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -61,6 +63,7 @@ def _own_settings() -> type:
         fields += _fields(term.options)
     for part in PARTS:
         fields += _fields(part.options)
+    fields += _fields(CACHE_OPTIONS)
     return make_dataclass("OwnSettings", fields)
 
 def _fields(options: dict) -> list[tuple]:
@@ -200,6 +203,7 @@ def check_config(config: LaidConfig) -> None:
     check_placement(config.teacher_placement)
     _check_student_dtype(config)
     _check_adapters(config)
+    check_cache(config)
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
@@ -266,7 +270,7 @@ def _check_run(
         _check_stream(args)
     elif len(data) == 0:
         raise ValueError("no haystack to train on")
-    for i, sample in enumerate(data if not isinstance(data, Stream) else ()):
+    for i, sample in enumerate(getattr(data, "haystacks", data) if not isinstance(data, Stream) else ()):
         if not args.teaches and has_unlabelled(sample, turns):
             raise ValueError(f"sample {i} has questions that nobody has answered, and no term but SFT counts: "
                              "give their answers, or use method kd or laid")
@@ -407,7 +411,9 @@ class LaidTrainer(Trainer):
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
         self.begun, self.resumed = False, None  # resumed: the checkpoint that the run goes on from
-        self.sizes = [] if isinstance(train_dataset, Stream) else [n_images(s) for s in train_dataset]
+        stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
+        self.sizes = [n_images(s) for s in stacks]
+        train_dataset = self._use_caches(args, model, processing_class, train_dataset, kwargs["data_collator"])
         if args.recompose:
             seed = args.data_seed or args.seed
             train_dataset = Recomposed(train_dataset, args.recompose, collator, seed, lambda: self.epoch)
@@ -425,6 +431,36 @@ class LaidTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
+
+# %% ../nbs/09b_train.ipynb #caches
+def _check_caches(args: LaidConfig, model, teacher, simulates: bool) -> None:
+    "`ValueError` for what cannot be kept; a warning for what will rarely be found."
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    moving = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in text]
+    if args.feature_cache and moving:
+        raise ValueError(f"{moving[0]} is trained, so what it makes of pictures changes: leave feature_cache out")
+    if not has_body(teacher) and args.recompose:
+        raise ValueError("recomposed samples are new each time, and of this teacher there is only the head: "
+                         "give the teacher itself, or use recompose=0")
+    if args.teacher_cache and simulates:
+        warnings.warn("window simulation draws positions anew at every step, and the teacher's answers depend on them: "
+                      "the teacher cache serves other runs of the same seed, steps and batches, and no other epoch")
+
+@patch
+def _use_caches(self: LaidTrainer, args: LaidConfig, model, processor, data, guard: PictureGuard):
+    "The training set, with features from `feature_cache`; and the teacher cache, with its collator in the guard."
+    self.cached, collator = None, guard.collator
+    if (args.feature_cache or args.teacher_cache) and isinstance(data, Stream):
+        raise ValueError("what is kept belongs to a list of samples, not to a stream: leave the caches out")
+    _check_caches(args, model, self.teacher, self.simulates)
+    if args.feature_cache and not isinstance(data[0], dict):
+        share, teacher = (args.process_index, args.world_size), self.teacher if has_body(self.teacher) else None
+        data = precompute(data, collator, model, teacher, not args.disable_tqdm, args.feature_cache, share)
+        args.distributed_state.wait_for_everyone()
+    if args.teacher_cache:
+        self.cached = TeacherCache(args, self.teacher, processor, data, collator)
+        guard.collator = KeyedCollator(collator)
+    return data
 
 # %% ../nbs/09b_train.ipynb #bad-pictures
 @patch
@@ -485,10 +521,19 @@ def start(self: LaidTrainer) -> None:
     training = self.model.training
     with self.accelerator.autocast():
         self.model.eval()
-        for part in self.parts:
-            part.start(batches)
+        if self.cached is None:
+            self._begin(batches)
+        else:
+            measured = [part for part in self.parts if part.measured]
+            self.cached.start(self.model, measured, batches, lambda: self._begin(batches))
         self.model.train(training)
     self.begun = True
+
+@patch
+def _begin(self: LaidTrainer, batches: list[dict]) -> None:
+    "Let every part measure what it starts from."
+    for part in self.parts:
+        part.start(batches)
 
 @patch
 def begin(self: LaidTrainer) -> None:
@@ -658,7 +703,17 @@ def read_teacher(
     bias,  # factors of the bias that it reads with, or None
     rows: torch.Tensor,  # bool [batch, tokens]: whose logits are wanted
 ) -> dict[str, torch.Tensor]:  # `logits` [rows, vocabulary], and what each part has `heard`
-    "All that the teacher contributes to a micro-batch."
+    "All that the teacher contributes to a micro-batch: read, or found where it was kept."
+    if self.cached is None: return self.ask_teacher(inputs, how, bias, rows)
+    streams = any(isinstance(part, StreamPart) for part in self.parts)
+    self.cached.open(sorted({t for part in self.parts for _, t in part.pairs}), streams)
+    with torch.no_grad(), self.accelerator.autocast():
+        return self.cached.read(inputs, how["logits_to_keep"], rows, how["position_ids"], bias,
+                                lambda: self.ask_teacher(inputs, how, bias, rows))
+
+@patch
+def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    "A forward pass of the teacher, as for `read_teacher`."
     self.caches[1].bias = bias
     with torch.no_grad(), self.accelerator.autocast():
         logits = self.teacher(**image_inputs(self.teacher, inputs, "teacher"), **how).logits
