@@ -8,7 +8,6 @@ __all__ = ['RopeGain', 'rope_gains', 'fold_gain', 'folded_state', 'plot_gain']
 # %% ../nbs/05_gain.ipynb #imports
 import math
 import warnings
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch

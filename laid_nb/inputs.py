@@ -14,7 +14,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -23,7 +22,6 @@ from tqdm.auto import tqdm
 
 from .folder import TensorFolder
 from .haystack import Haystack, Passage, Question
-from .simulate import image_groups
 from .store import processor_fingerprint, short_hash, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/07c_inputs.ipynb #check-turns

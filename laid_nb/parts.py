@@ -20,7 +20,7 @@ from laid_nb.align import (
     measured_layers, pairs_of, shared_specs, turning_pairs
 )
 from .capture import Cache, residual_streams
-from .gain import fold_gain, folded, folded_parameters, folded_state, gain_folds, rope_gains
+from .gain import folded_state, gain_folds, rope_gains
 from .inputs import image_inputs, read_positions
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch

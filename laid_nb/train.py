@@ -25,29 +25,28 @@ from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCall
 from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
-from laid_nb.cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
-from laid_nb.capture import capture
-from laid_nb.haystack import row_haystack
+from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
+from .capture import capture
+from .haystack import row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, read_groups, read_positions
-    HaystackCollator, SizeSampler, image_inputs, image_tokens, n_images, precompute, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions
+)
+from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
-from laid_nb.losses import 
-)
-from laid_nb.mixing import FORMS
-from laid_nb.pair import check_same_reading
-from laid_nb.parts import PARTS, LoraPart, StreamPart, check_parts, make_parts
-from laid_nb.patch import patch
-from laid_nb.pictures import BadPicture
-from laid_nb.recompose import Recomposed, has_unlabelled
-from laid_nb.rope import rope_layers, rope_spec
+from .mixing import FORMS
+from .pair import check_same_reading
+from .parts import PARTS, LoraPart, StreamPart, check_parts, make_parts
+from .patch import patch
+from .pictures import BadPicture
+from .recompose import Recomposed, has_unlabelled
+from .rope import rope_layers, rope_spec
 from laid_nb.shard import (
     check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
     place_teacher, read_one_token, uses_fsdp
 )
-from laid_nb.simulate import WindowSimulation, asked_rows, thinned_factors
-from laid_nb.store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
+from .simulate import WindowSimulation, asked_rows, thinned_factors
+from .store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
