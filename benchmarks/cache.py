@@ -47,7 +47,7 @@ def measure(
     pool, calls, sizes = [sample(tokens, processor, pair)], {}, {}
     for name, kept in {"the teacher is read": None, **KEPT}.items():
         cache = {} if kept is None else dict(teacher_cache=tempfile.mkdtemp(), **kept)
-        trainer = made("laid", pool, processor, pair["teacher"], **cache)
+        trainer = made("laid", pair["student"], pair["teacher"], pool, processor, **cache)
         batch = trainer.data_collator(pool)
         calls[name] = functools.partial(step, trainer, batch)
         calls[name]()  # writes
