@@ -156,7 +156,7 @@ class LmmsModel:
         there = prepare_process()
         self.model, self.processor = load_model(str(pretrained))
         self.model.to(device or there)
-        self.model.generation_config = _plain_settings(self.model, self.processor.tokenizer)  # `generate` falls back on it
+        self.model.generation_config = _plain_settings(self.model, self.processor.tokenizer)
 
     def loglikelihood(self, requests): raise NotImplementedError("the model laid writes answers: it scores no texts")
 
