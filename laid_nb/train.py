@@ -357,15 +357,6 @@ class LaidTrainer(Trainer):
         self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
 
-def _freeze(
-    teacher,  # a transformers model
-    device,  # where it is to be, unless it is spread over several already
-) -> None:
-    "A teacher that is read only."
-    teacher.requires_grad_(False).eval()
-    if getattr(teacher, "hf_device_map", None) is None:
-        teacher.to(device)
-
 # %% ../nbs/09b_train.ipynb #bad-pictures
 @patch
 def keep_trained(self: LaidTrainer) -> None:

@@ -489,7 +489,7 @@ NLTK = {  # what NLTKWordTokenizer (nltk 3.9) finds in small letters: words amon
 def test_yes_and_no_are_read_as_the_toolkit_reads_them():
     for text, words in NLTK.items():
         for answer in (True, False):
-            read = _read_answer(Question("dog", "cup", "single", answer, (0,)), text)
+            read = read_answer(Question("dog", "cup", "single", answer, (0,)), text)
             assert read["compliant"] == bool(words) and read["correct"] == (("yes" if answer else "no") in words), text
 
 
@@ -498,7 +498,7 @@ def test_yes_and_no_are_read_as_the_toolkit_reads_them():
     ("red", "It is colored", False, False), ("red", "", False, False), ("3", "3", True, True), ("3", "13", False, False),
     ("红色", "它是红色的", True, False), ("!", "!", False, True)])
 def test_free_answers_are_matched_by_their_words(answer, text, correct, exact):
-    read = _read_answer(Question("", "", "free", answer, (), "What?", ()), text)
+    read = read_answer(Question("", "", "free", answer, (), "What?", ()), text)
     assert (read["correct"], read["exact"], read["response"]) == (correct, exact, text)
 
 
