@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from laid_nb import __version__, cli, demo, inspector, serve
-from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
@@ -45,10 +45,6 @@ def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     if break_it: break_it(model)
     save_model(model, processor, folder)
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
 
 
 @pytest.fixture(scope="module")

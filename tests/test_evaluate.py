@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from laid_nb import evaluate as module
-from laid_nb.anchors import CHAT_TEMPLATE, build_processor
+from laid_nb.anchors import CHAT_TEMPLATE
 from laid_nb.evaluate import _named, answer_ids, ask, evaluate, read_answer, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
@@ -45,10 +45,6 @@ CLASSES = {
     "qwen3": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
     "llava": (LlavaForConditionalGeneration, LlavaConfig),
 }
-
-
-@pytest.fixture(scope="session")
-def processor(): return build_processor()
 
 
 def tiny(family, processor, attention="sdpa", seed=0):
@@ -226,9 +222,9 @@ def test_different_choices_in_one_haystack(model, processor):
 def test_whole_choices_are_different_answers(model, processor):
     "All answers of one word that begin with 'a', and the rest of them: probabilities that add up."
     vocabulary = len(processor.tokenizer)
-    tails = [module.question_ids(processor, module.question_text(processor, STACK, 0))]
+    tails = [module.question_ids(processor, STACK, 0)]
     with torch.no_grad():
-        prefix = module.read_prefix(model, processor, module.prompt_inputs(processor, STACK, 56))
+        prefix = module.read_prefix(model, module.prompt_inputs(processor, STACK, 56))
         a, end = answer_ids(processor.tokenizer, ("a", "<|im_end|>"))
         begins = module.continue_prefix(model, prefix, tails, 0, ())[0][0, a].exp()
         ended = module._score_whole(model, prefix, tails[0], [[a]], {end}).exp().sum()
