@@ -134,7 +134,7 @@ def file_documents(
 
 # %% ../nbs/10b_lmms.ipynb #model
 def _plain_settings(model, tokenizer):
-    "Settings of `generate`: the tokens that end an answer, and nothing else of the checkpoint's."
+    "What `generate` starts from: the tokens that end an answer, and nothing else of the checkpoint's."
     from transformers import GenerationConfig
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
