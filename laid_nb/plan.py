@@ -375,10 +375,6 @@ def _weight_bytes(sizes: _Sizes, width: int, bits: int | None = None) -> int:
     quantised = sizes.linear if bits else 0
     return int((sizes.whole - quantised)*width + quantised*((bits or 0)/8 + 4/64))
 
-def _width(dtype) -> int:
-    "Bytes of a number."
-    return (getattr(torch, dtype) if isinstance(dtype, str) else dtype).itemsize
-
 def _block_bytes(student, args, tokens: int) -> int:
     "Working memory of the terms that go block by block: heads of both sides in float32, and their gradients. Ours."
     if not any(args.weights.get(name) for name in _BY_BLOCKS): return 0
@@ -498,23 +494,27 @@ def plan_training(
     mean: Sample | None = None,  # an average sample, for the time; None: all are as long as the longest
 ) -> Plan:
     "Memory, disk and time of a training, from configs and settings. `ValueError` for a family that is not cut as Qwen."
-    dtype = _student_dtype(student, args)
-    taught = args.method != "sft"
-    other_dtype = _teacher_dtype(teacher, args) if taught else None
-    own, other = _sizes(student, args), _sizes(teacher) if taught else None
-    compute = torch.bfloat16 if args.fsdp and args.bf16 else dtype
-    phases = simulate_step(student, teacher, args, sample, (compute, other_dtype))
+    kinds, beside, sizes = _stands(student, teacher, args, cards)
+    dtypes = _student_dtype(student, args), _teacher_dtype(teacher, args)
+    compute = torch.bfloat16 if args.fsdp and args.bf16 else dtypes[0]
+    phases = simulate_step(student, teacher, args, sample, (compute, dtypes[1]))
     phase, moving = max(phases.items(), key=lambda item: sum(item[1].values()))
-    kinds, beside = _standing(args, cards, own, dtype.itemsize), {}
-    if taught:
-        kinds["teacher: weights"], beside = _placed(args, cards, other, other_dtype.itemsize)
     tokens = sample_tokens(student, sample)
     moving = dict(moving) | {"terms by blocks": _block_bytes(student, args, tokens)}
     kinds |= {kind: size for kind, size in sorted(moving.items(), key=lambda item: -item[1])}
     made = Plan(sample, tokens, cards, {k: int(v) for k, v in kinds.items()}, phase, beside)
-    made.disk = _disk(args, own, dtype, samples, cards)
-    _add_time(made, (student, teacher), (own, other), args, mean or sample, samples)
+    made.disk = _disk(args, sizes[0], dtypes[0], samples, cards)
+    _add_time(made, (student, teacher), sizes, args, mean or sample, samples)
     return made
+
+def _stands(student, teacher, args, cards: Cards) -> tuple[dict, dict, tuple]:
+    "What stands there always: on each card, elsewhere, and the numbers of parameters."
+    own = _sizes(student, args)
+    kinds = _standing(args, cards, own, _student_dtype(student, args).itemsize)
+    if args.method == "sft": return kinds, {}, (own, None)
+    other, width = _sizes(teacher), _teacher_dtype(teacher, args).itemsize
+    kinds["teacher: weights"], beside = _placed(args, cards, other, width)
+    return kinds, beside, (own, other)
 
 def _student_dtype(config, args):
     "Of the student's weights while they learn."
@@ -524,7 +524,7 @@ def _student_dtype(config, args):
 def _teacher_dtype(config, args):
     "Of the teacher's weights."
     given = getattr(args, "teacher_dtype", None)
-    if given in (None, "auto"): return getattr(config, "dtype", None) or torch.bfloat16
+    if given in (None, "auto"): return getattr(config, "dtype", None) or torch.bfloat16  # the checkpoint's
     return getattr(torch, given)
 
 # %% ../nbs/09e_plan.ipynb #plan-beside
@@ -580,6 +580,7 @@ def advise(
         flags |= change
         if settings.lora_rank and settings.gains:
             settings.gain = flags["gain"] = False
+        if sum(_stands(student, teacher, settings, made.cards)[0].values()) > made.cards.usable: continue
         other = plan_training(student, teacher, settings, made.sample, made.cards, samples)
         if other.fits:
             made.advice = [f"--{name} {str(value).lower() if isinstance(value, bool) else value}"

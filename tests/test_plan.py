@@ -108,22 +108,27 @@ def test_bytes_come_and_go_with_their_storages():
 @pytest.mark.parametrize("pair", PAIRS)
 def test_published_pairs_are_planned_without_weights(pair, settings):
     student, teacher = PAIRS[pair]
-    plain, thrifty = (plan_training(student, teacher, settings(bf16=True, gradient_checkpointing=c), Sample(images=20), Cards())
-                      for c in (False, True))
-    assert plain.tokens == (7_900 if student.model_type == "qwen2_5_vl" else 20*(300 + 2) + 40)
-    whole, taught = plain.bytes["student: weights"]/4, plain.bytes["teacher: weights"]/2
+    made = plan_training(student, teacher, settings(bf16=True, gradient_checkpointing=True), Sample(images=20), Cards())
+    assert made.tokens == (7_900 if student.model_type == "qwen2_5_vl" else 20*(300 + 2) + 40)
+    whole, taught = made.bytes["student: weights"]/4, made.bytes["teacher: weights"]/2
     if pair in SIZES: assert (whole, taught) == pytest.approx(SIZES[pair], rel=.01)
-    trained = plain.bytes["student: gradients"]/4
+    trained = made.bytes["student: gradients"]/4
     tower = sum(p.numel() for p in _tower(student).parameters())
-    assert trained == whole - tower and plain.bytes["student: optimizer states"] == 8*trained
-    assert thrifty.total < plain.total and thrifty.flops == plain.flops and thrifty.recomputed > 0
-    checkpoints = student.text_config.num_hidden_layers*plain.tokens*student.text_config.hidden_size*4
-    assert thrifty.bytes["residual stream"] > checkpoints  # float32, one a layer
+    assert trained == whole - tower and made.bytes["student: optimizer states"] == 8*trained
+    assert made.recomputed > 0
+    checkpoints = student.text_config.num_hidden_layers*made.tokens*student.text_config.hidden_size*4
+    assert made.bytes["residual stream"] > checkpoints  # float32, one a layer
 
 
 def _tower(config):
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config).get_encoder(modality="image")
+
+
+def test_checkpointing_trades_work_for_memory(settings):
+    plain, thrifty = (plan_training(PAIRS["3B<-7B"][0], None, settings(bf16=True, method="sft", gradient_checkpointing=c), Sample(images=20), Cards())
+                      for c in (False, True))
+    assert thrifty.total < plain.total and thrifty.flops == plain.flops and thrifty.recomputed > plain.recomputed == 0
 
 
 @pytest.mark.parametrize("pair, cards, flags", [
