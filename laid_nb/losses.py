@@ -264,7 +264,7 @@ def _match_sample(
     places: torch.Tensor,  # positions [axes, n] in which distance is counted
     beta: float,
     gamma: float,
-    bias: tuple | None,  # (rows [n, images], keys [n, images]): rows @ keys.T is added to both logits
+    biases: list,  # [student, target]: None, or (rows [n, images], keys [n, images]) with rows @ keys.T added to logits
     block: int,  # rows of logits at a time, the heads of a KV group counted each
     wanted: list,  # [student, target] bool: compute their gradients
 ) -> tuple:  # (divergence summed over heads and rows, [(gradient of queries, of keys) or None, the same of the target])
@@ -282,7 +282,7 @@ def _match_sample(
         for j in range(groups):
             logits = [w[:g * (e - a) * e].view(g, e - a, e) for w in work]
             blocks = [_group_logits(w, q, k, j, groups, a, e) for w, (q, k) in zip(work, models)]
-            for x in logits[:2]:
+            for x, bias in zip(logits, biases):
                 if bias is not None:
                     x.add_(bias[0][a:e] @ bias[1][:e].T)
                 x[..., a:].masked_fill_(hidden[:e - a, :e - a], low)
@@ -318,7 +318,7 @@ def _check_match(
     positions: torch.Tensor | None,
     beta: float,
     gamma: float,
-    bias: tuple | None,
+    biases: tuple,  # of student and target
     block: int,
 ) -> None:
     "`ValueError` for arguments of `attention_match_loss` that do not fit."
@@ -332,10 +332,10 @@ def _check_match(
     if positions is not None and positions.shape not in ((batch, tokens), (3, batch, tokens)):
         raise ValueError(f"positions have shape {tuple(positions.shape)}, need [batch, tokens] = {(batch, tokens)} "
                          f"or {(3, batch, tokens)}")
-    if bias is None: return
-    if any(x.shape[:2] != (batch, tokens) or x.shape != bias[0].shape for x in bias):
-        raise ValueError(f"bias factors have shapes {[tuple(x.shape) for x in bias]}, "
-                         f"need [batch, tokens, images] = ({batch}, {tokens}, ...) twice")
+    for bias in biases:
+        if bias is not None and any(x.shape[:2] != (batch, tokens) or x.shape != bias[0].shape for x in bias):
+            raise ValueError(f"bias factors have shapes {[tuple(x.shape) for x in bias]}, "
+                             f"need [batch, tokens, images] = ({batch}, {tokens}, ...) twice")
 
 # %% ../nbs/04_losses.ipynb #sample-of
 def _sample_of(
@@ -371,14 +371,16 @@ def attention_match_loss(
     positions: torch.Tensor | None = None,  # [(3,) batch, tokens]: distance in (M-RoPE) positions; None = in tokens
     beta: float = 0.0,  # β ≥ 0: a sample's farthest key counts 1 + β
     gamma: float = 1.0,  # γ ≥ 0: how the weight grows on the way
-    bias: tuple | None = None,  # (rows, keys), each [batch, tokens, images]: rows @ keys.mT is added to both logits
+    bias: tuple | None = None,  # (rows, keys), each [batch, tokens, images]: rows @ keys.mT is added to the logits
+    target_bias: tuple | None = None,  # the same for the target's logits; None = bias
     block: int = 256,  # rows of logits computed at a time; memory grows with block x tokens
 ) -> torch.Tensor:  # scalar, float32 (float64 for float64 input)
     """Distance-weighted divergence of the student's causal attention from the target's, mean over heads and real rows,
     in O(tokens) memory (ours). Not for sliding windows or soft-capped logits.
     `ValueError` on shapes, β, γ or a missing gradient."""
     _check_target(student_q, student_k, target_q, target_k)
-    _check_match(student_q, target_q, positions, beta, gamma, bias, block)
+    biases = (bias, bias if target_bias is None else target_bias)
+    _check_match(student_q, target_q, positions, beta, gamma, biases, block)
     inputs, real, device = (student_q, student_k, target_q, target_k), real_tokens(mask, student_q), student_q.device
     dtype = torch.promote_types(torch.float32, torch.promote_types(student_q.dtype, target_q.dtype))
     scalings = [q.shape[-1] ** -0.5 if s is None else s
@@ -390,7 +392,7 @@ def attention_match_loss(
         for b, keep in enumerate(real):
             own = [_sample_of(x, b, keep, dtype) for x in inputs]
             models = [(own[0] * scalings[0], own[1]), (own[2] * scalings[1], own[3])]
-            factors = None if bias is None else [_sample_of(x, b, keep, dtype) for x in bias]
+            factors = [f and [_sample_of(x, b, keep, dtype) for x in f] for f in biases]
             places = _places_of(positions, b, keep, dtype)
             value, found = _match_sample(models, places, beta, gamma, factors, block, wanted)
             total += value
@@ -571,7 +573,8 @@ class Evidence:
     streams: tuple | None = None  # (student's, target) residual streams [batch, tokens, width] after a pair of layers
     mask: torch.Tensor | None = None  # [batch, tokens], 1 = real
     positions: torch.Tensor | None = None  # [3, batch, tokens] or [batch, tokens], as both models read them
-    bias: tuple | None = None  # (rows, keys), each [batch, tokens, images], that both read with; None = none
+    bias: tuple | None = None  # (rows, keys), each [batch, tokens, images], that the student reads with; None = none
+    target_bias: tuple | None = None  # the same of the teacher, where it reads with another one
     turn: torch.Tensor | None = None  # [batch, tokens], the question a token belongs to; -1 up to the last image
     groups: Callable | None = None  # () -> [batch, tokens], the image a token belongs to; -1 = none
 
@@ -610,7 +613,8 @@ TERMS["fourier"] = Term(
     "spectra of the distance response", sees="heads", methods=METHODS[3:], colour="C5")
 TERMS["attention"] = Term(
     lambda e: attention_match_loss(
-        *e.heads, e.mask, *e.scalings, positions=e.positions, beta=e.settings.beta * e.level, bias=e.bias),
+        *e.heads, e.mask, *e.scalings, positions=e.positions, beta=e.settings.beta * e.level, bias=e.bias,
+        target_bias=e.target_bias),
     "attention of every token, far keys counting more", sees="attention", methods=METHODS[3:], colour="C6",
     options={"beta": (float, 1.0, "Attention matching: what the longest distance weighs beyond the shortest, "
                                   "at the end of the ramp.")})

@@ -148,7 +148,7 @@ def _cut_config(config, layers: int, sample: Sample):
     text = made.get_text_config()
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+        text.layer_types = (text.layer_types + 2*text.layer_types[-1:])[:layers]  # of a model of one layer too
     deep = len(getattr(vision, "deepstack_visual_indexes", None) or ())  # features that text layers get as well
     if deep:
         made.vision_config.deepstack_visual_indexes = list(range(deep))
@@ -484,6 +484,7 @@ def _standing(args, cards: Cards, own: _Sizes, width: int) -> dict[str, float]: 
     kinds = {kind: size/pieces for kind, size in kinds.items()}
     return kinds | ({"gathered by FSDP": 2*own.gathered*2} if args.fsdp and pieces > 1 else {})
 
+# %% ../nbs/09e_plan.ipynb #plan-run
 def plan_training(
     student,  # config of a transformers model
     teacher,  # likewise; None for method "sft"
