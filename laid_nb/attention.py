@@ -157,8 +157,9 @@ def kind(self: _Watch, call, module, query, key, value, mask, **kwargs):
     oddities = _mask_oddities(mask, real, rows, judged)
     odd = []
     for name, (q, k, v) in _trials(query, key, value, scaling).items():
-        out = call(module, q, k, v, mask, **kwargs, dropout=0.)[0][:, rows]
-        error = (out - _plain_rows(q, k, v, real, scaling, rows))[judged].abs().max()
+        with torch.autocast(query.device.type, enabled=False):
+            out = call(module, q, k, v, mask, **kwargs, dropout=0.)[0][:, rows]
+            error = (out - _plain_rows(q, k, v, real, scaling, rows))[judged].abs().max()
         if not error <= (1e-3 if query.dtype.itemsize > 2 else .05):
             odd.append(name)
     if not oddities and "flat" in odd:
