@@ -3,12 +3,12 @@ import copy
 
 import pytest
 import torch
-from test_capture import FAMILIES, TEXT
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from laid_nb.align import check_full_attention
 from laid_nb.attention import attention_kinds, layers_left_out, said_of_layers
 from laid_nb.capture import capture
+from test_capture import FAMILIES, TEXT
 
 BOTH = ["sliding_attention", "full_attention"]
 MOE = dict(num_local_experts=2, num_experts_per_tok=1)
