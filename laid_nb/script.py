@@ -8,8 +8,12 @@ __all__ = []
 # %% ../nbs/12g_script.ipynb #imports
 import argparse
 import ast
+import functools
 import inspect
 import io
+import math
+import operator
+import os
 import re
 import shlex
 import textwrap
@@ -30,30 +34,60 @@ def _parameter_comments(
     named = [a for a in (*args.posonlyargs, *args.args, args.vararg, *args.kwonlyargs, args.kwarg) if a is not None]
     return {a.arg: comments[a.lineno] for a in named if a.lineno in comments}
 
-# %% ../nbs/12g_script.ipynb #readers
-def number_list(
-    text: str,  # "1,2,5" or "2-20"; a list stays a list
-) -> list[int]:
-    "Sizes of haystacks as a command line gives them."
-    if not isinstance(text, str): return sorted(set(text))
-    numbers = []
-    for part in text.split(","):
-        first, dash, last = (x.strip() for x in part.partition("-"))
-        if not first.isdigit() or dash and not last.isdigit():
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 1,2,5 or 2-20")
-        if not 0 < int(first) <= int(last or first):
-            raise argparse.ArgumentTypeError(f"{part.strip()!r} in {text!r}: a haystack has at least 1 image, "
-                                             "and a range goes upwards")
-        numbers += range(int(first), int(last or first) + 1)
-    return sorted(set(numbers))
+# %% ../nbs/12g_script.ipynb #whole
+def _whole(
+    value,  # text or number
+) -> int:  # -1 for what is no whole number, 0 or more
+    "What stands for a count."
+    if isinstance(value, str): return int(value) if value.strip().isdecimal() else -1
+    known = hasattr(value, "__index__") and not isinstance(value, bool)
+    return max(operator.index(value), -1) if known else -1
 
 def positive(
-    text: str,
+    text: str,  # or a number
 ) -> int:
     "A whole number over 0."
-    if not str(text).isdigit() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0")
-    return int(text)
+    if _whole(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0")
+    return _whole(text)
+
+def natural(
+    text: str,  # or a number
+) -> int:
+    "A whole number, 0 or more."
+    if _whole(text) < 0: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return _whole(text)
+
+# %% ../nbs/12g_script.ipynb #readers
+def number_list(
+    text: str,  # "1,2,5" or "2-20", a number, or a list
+) -> list[int]:
+    "Sizes of haystacks as a command line gives them."
+    numbers = []
+    for part in _listed(text):
+        first, dash, last = part.partition("-") if isinstance(part, str) else (part, "", "")
+        first, last = _whole(first), _whole(last) if dash else _whole(first)
+        if first < 0 or last < 0:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of sizes such as 1,2,5 or 2-20")
+        if not 0 < first <= last:
+            raise argparse.ArgumentTypeError(f"{str(part).strip()!r} in {text!r}: a haystack has at least 1 image, "
+                                             "and a range goes upwards")
+        numbers += range(first, last + 1)
+    return sorted(set(numbers))
+
+def _listed(value) -> list:
+    "The parts of a text with commas, of a list or a range; a lone number is a list of one."
+    if isinstance(value, str): return value.split(",")
+    return list(value) if hasattr(value, "__iter__") else [value]
+
+def layer_list(
+    text: str,  # "0,3" or "last", a number, or a list
+) -> list[int] | str:
+    "Layers of a model as a command line gives them."
+    if isinstance(text, str) and text == "last": return text
+    layers = [_whole(part) for part in _listed(text)]
+    if not layers or min(layers) < 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of layers such as 0,3, nor last")
+    return layers
 
 # %% ../nbs/12g_script.ipynb #numbers
 def numbers(
@@ -62,17 +96,24 @@ def numbers(
 ) -> Callable:  # text -> tuple of numbers
     "A reader of numbers with `:` between them; those in brackets may be left out."
     def read(text):
-        if not isinstance(text, str): return tuple(text)
-        parts, needed = text.split(":"), len(kinds) - form.count("[")
-        try:
-            if needed <= len(parts) <= len(kinds): return tuple(kind(part) for kind, part in zip(kinds, parts))
-        except ValueError:
-            pass
+        parts, needed = text.split(":") if isinstance(text, str) else _listed(text), len(kinds) - form.count("[")
+        if needed <= len(parts) <= len(kinds):
+            found = tuple(map(_number, kinds, parts))
+            if None not in found: return found
         raise argparse.ArgumentTypeError(f"{text!r} is not {form}, numbers")
     read.form = form
     return read
 
-number_list.form, positive.form = "N,N-N", "N"
+def _number(kind: type, value):
+    "A finite int or float from a text or a number; None for anything else."
+    try:
+        found = kind(value)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    same = isinstance(value, str) or not isinstance(value, bool) and found == value
+    return found if same and math.isfinite(found) else None
+
+number_list.form, layer_list.form, positive.form, natural.form = "N,N-N", "N,N", "N", "N"
 
 def _reader(annotation):
     "What reads a text for this annotation: (function, choices, several)."
@@ -197,3 +238,43 @@ def command_line(
         else:
             parts += [f"--{name}", *([str(x) for x in value] if isinstance(value, (list, tuple)) else [str(value)])]
     return shlex.join(parts)
+
+# %% ../nbs/12g_script.ipynb #values
+_KINDS = {str: (str, os.PathLike), bool: bool, int: int, float: (int, float)}  # what a value of an annotation may be
+
+def _read_one(read: Callable, choices, value):
+    "A value as its reader makes it. `ValueError` for another kind."
+    if choices and value not in choices:
+        raise ValueError(f"{value!r} is none of {', '.join(map(str, choices))}")
+    if read not in _KINDS: return read(value)
+    if not isinstance(value, _KINDS[read]) or isinstance(value, bool) != (read is bool):
+        raise ValueError(f"{value!r} is {type(value).__name__}, need {read.__name__}")
+    return os.fspath(value) if read is str else read(value)
+
+def _read_value(parameter: inspect.Parameter, value):
+    "What a parameter gets for a value. `ValueError` naming the parameter for one that it cannot be."
+    optional = parameter.default is None or NoneType in get_args(parameter.annotation)
+    if value is None and optional: return None
+    read, choices, several = _reader(parameter.annotation)
+    try:
+        if parameter.kind is parameter.VAR_POSITIONAL: return tuple(_read_one(read, choices, x) for x in value)
+        if not several: return _read_one(read, choices, value)
+        values = value if isinstance(value, (list, tuple)) else [value]
+        return [_read_one(read, choices, x) for x in values]
+    except (ValueError, argparse.ArgumentTypeError) as e:
+        raise ValueError(f"{parameter.name}: {e}") from None
+
+def command(
+    function: Callable,  # whose parameters are annotated
+) -> Callable:  # the same, for values of any shape that stands for one
+    "A function that reads its arguments by their annotations, as its command line does."
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        for name, value in bound.arguments.items():
+            if signature.parameters[name].kind is not inspect.Parameter.VAR_KEYWORD:
+                bound.arguments[name] = _read_value(signature.parameters[name], value)
+        return function(*bound.args, **bound.kwargs)
+    return call

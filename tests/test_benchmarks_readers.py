@@ -1,6 +1,5 @@
 "Benchmarks: rows of the table, and their readers."
 import json
-from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -11,17 +10,10 @@ from laid_nb.benchmarks import BENCHMARKS, choice_haystack, export_choices, read
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.vhs import export_vhs, read_vhs
+from refusals import refused
 
 ENTRY = {"images": ["a.png", "b/c.png"], "question": "What is there?", "choices": ["a cup", "a tie", "a bus"],
          "answer": "B", "needles": [1]}
-
-
-@contextmanager
-def refused(error, *parts):
-    "The error must come, on one line, naming all the parts."
-    with pytest.raises(error) as info: yield
-    message = str(info.value)
-    assert "\n" not in message and all(str(p) in message for p in parts), message
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from laid_nb import __version__, cli, demo, inspector, serve
-from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
@@ -45,10 +45,6 @@ def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     if break_it: break_it(model)
     save_model(model, processor, folder)
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +124,23 @@ def test_yaml_is_read_as_flags_and_flags_win(work):
     assert (config.method, config.layers, config.learning_rate, config.bf16, config.output_dir) == ("kd", "2:3", 3e-4, False, "laid-runs")
 
 
+def test_a_flag_of_the_command_in_a_file_of_settings_is_named(work, capsys):
+    for line in ("sizes: [2, 3]", "sizes: 2-4", "haystacks: 4"):
+        (work/"a.yaml").write_text(line)
+        refused(capsys, work, ["train", "--pictures", "--config", "a.yaml"], "a.yaml", line.split(":")[0], "is a flag of laid train")
+
+
+def test_settings_from_python_are_values():
+    config, simulation = cli._training_settings(dict(report_to=[], use_cpu=True, alpha=0.4, max_gap=3, seed=2, resume_from_checkpoint=None, label_names=("a", "b"), lr_scheduler_kwargs={}))
+    assert (config.report_to, config.alpha, config.seed, config.label_names, simulation.max_gap) == ([], 0.4, 2, ["a", "b"], 3)
+    assert cli._training_settings({"report_to": ["none"], "use_cpu": []})[0].report_to == []
+
+
+@pytest.mark.parametrize("given, takes", [(True, True), ("true", True), ("last", True), (False, None), ("false", None), (None, None), ("a/checkpoint-3", "a/checkpoint-3"), (Path("b"), "b")])
+def test_a_training_goes_on_where_it_is_told(given, takes):
+    assert cli._checkpoint(cli._training_settings(dict(use_cpu=True, resume_from_checkpoint=given))[0].resume_from_checkpoint) == takes
+
+
 # --- commands on a tiny pair --------------------------------------------------
 
 def test_eval_writes_what_evaluate_finds(pair, work, capsys):
@@ -191,7 +204,7 @@ def test_spectra_are_those_of_the_captured_heads(pair, work):
 
 
 @pytest.fixture
-def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
+def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, shown=4, sizes=(1, 2, 3)))
 
 
 def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch, capsys):
@@ -210,7 +223,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
+    assert all(f"[{i}/15]" in printed for i in range(1, 16)) and all(name in printed for name in demo.TRAININGS)
     assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
@@ -276,6 +289,9 @@ def refused(capsys, folder, line, *words):
     (["train", "--pictures", "--method", "magic"], ["magic"]),
     (["train", "--pictures", "--config", "nowhere.yaml"], ["nowhere.yaml"]),
     (["train"], ["--data", "--pictures"]),
+    (["train", "--pictures", "--seed", "-1"], ["seed is -1"]),
+    (["eval", "student", "--pictures", "--seed", "-1"], ["--seed", "'-1'"]),
+    (["spectra", "student", "--layers", "0,"], ["--layers", "'0,'", "0,3"]),
 ])
 def test_bad_arguments(line, words, work, capsys): refused(capsys, work, line, *words)
 
@@ -317,6 +333,15 @@ def test_unknown_object(pair, work, capsys, monkeypatch):
 def test_layer_that_is_not_there(pair, work, capsys): refused(capsys, work, ["spectra", pair/"student", "--layers", "9", "--images", 2], "layer 9")
 
 
+def test_commands_called_from_python_read_values_as_their_flags(pair, work):
+    shown = cli.spectra(pair/"student", layers=1, images=2, out=Path("a.npz"))
+    assert torch.equal(shown, cli.spectra(str(pair/"student"), layers=[1], images="2", out=["a.npz"])) and len(shown) == 1
+    with pytest.raises(ValueError, match="layers: '0,'"): cli.spectra(pair/"student", layers="0,")
+    results = cli.evaluate(pair/"student", pictures=True, sizes=2, questions=2, out=Path("a.jsonl"), yarn=2)
+    assert read_records("a.jsonl")[0]["method"] == "yarn 2" and list(results.sizes) == [2]
+    with pytest.raises(FileNotFoundError, match="nowhere.json"): cli.evaluate(pair/"student", data=Path("nowhere.json"), image_root=work)
+
+
 def train_line(teacher, student, *more):
     return ["train", "--teacher", teacher, "--student", student, "--pictures", "--sizes", "2", "--haystacks", "2", "--use_cpu", "--report_to", "none", "--disable_tqdm", "true", "--max_steps", "1", *more]
 
@@ -336,7 +361,7 @@ def test_result_that_exists(pair, work, capsys):
 
 @pytest.mark.parametrize("options, words", [(("--yarn", "2", "--sort", "1"), ("--sort", "not allowed with", "--yarn")), (("--self-extend", "4"), ("'4'", "GROUP:WINDOW")), (("--self-extend", "4:2.5"), ("'4:2.5'", "GROUP:WINDOW")),
                                             (("--log-n", "1:2:3"), ("SLOPE:KEYS",)), (("--yarn", ""), ("FACTOR[:POSITIONS]",)), (("--self-extend", "0:5"), ("0 and 5",)), (("--yarn", "0.5"), ("factor 0.5",)), (("--sort", "0"), ("got 0",)),
-                                            (("--log-n", "nan:5"), ("slope nan",))])
+                                            (("--log-n", "nan:5"), ("nan:5",))])
 def test_training_free_baselines_that_cannot_be(options, words, pair, work, capsys):
     refused(capsys, work, ["eval", pair/"student", "--pictures", "--sizes", "2", "--questions", "2", "--out", "a.jsonl", *options], *words)
 

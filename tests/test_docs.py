@@ -112,12 +112,12 @@ def test_a_public_name_links_to_its_api_once(names):
 
 def test_a_page_of_the_site_may_be_named_too(links): assert links("[a](experiments/why.html#the-answer)") == "[a](experiments/why.html#the-answer)"
 
-def test_the_front_page_shows_the_figure_first_and_folds_tables():
+def test_the_front_page_shows_the_figure_first_and_of_code_what_it_shows():
     table = dict(output_type="execute_result", data={"text/markdown": ["| a |\n", "|---|"]}, metadata={})
     made = build.home(notebook(text("# T\n\nWhy.\n\n## Next\nMore."), code("Markdown(x)", table), text("![A line](figures/x.png)\n\nHow to read it.")), "<p>{figure}</p>")
-    first, folded, last = (build.joined(c["source"]) for c in made["cells"])
+    first, shown, last = (build.joined(c["source"]) for c in made["cells"])
     assert re.fullmatch(r'# T\n\nWhy\.\n\n<p><a .*<img src="figures/x.png" alt="A line"></a></p>\n\n## Next\nMore\.', first)
-    assert folded.startswith("<details") and "| a |" in folded and last == "How to read it."
+    assert shown == "| a |\n|---|" and last == "How to read it."
 
 # --- the built site -----------------------------------------------------------
 def site(tmp_path, **pages):
@@ -200,6 +200,13 @@ def test_every_comment_of_a_parameter_stands_in_the_api(names):
             assert row, f"laid_nb.{name}.{function}: {parameter}: {comment}"
             count += 1
     assert count > 500
+
+def test_a_method_put_into_a_class_is_no_name_of_its_own(names, tmp_path):
+    assert build.defined("@patch\ndef interval(self: A): pass") == build.defined("@patch(as_prop=True)\ndef x(self: A): pass") == []
+    path = Path("10_accuracy.ipynb")  # has a function and a method called `interval`
+    links = build.Links(Path("nbs")/path, Path("10_accuracy.html"), {}, copied=tmp_path)
+    ids = [cell["id"] for cell in build.processed(path, build.read(ROOT/"nbs"/path), links, names, strict=False)["cells"]]
+    assert ids.count("api-interval") == 1 and len(ids) == len(set(ids))
 
 def test_an_entry_points_to_the_section_that_derives_it(names):
     assert names.where["rope"]["RopeSpec"] == ("00_rope.html#ropespec", "RopeSpec")

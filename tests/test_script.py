@@ -1,7 +1,10 @@
 """Functions as commands: what stands in a signature is what the command line takes."""
 import argparse
+import inspect
+from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
 import pytest
 
 from laid_nb.script import (
@@ -10,7 +13,10 @@ from laid_nb.script import (
     _settings_of,
     add_command,
     call_command,
+    command,
     command_line,
+    layer_list,
+    natural,
     number_list,
     numbers,
     plain_flags,
@@ -76,3 +82,31 @@ def test_readers_leave_values_alone():
     assert number_list([3, 1]) == [1, 3] and positive(4) == 4 and numbers("A:B", int, int)((1, 2)) == (1, 2)
     with pytest.raises(argparse.ArgumentTypeError): numbers("A:B", int, int)("1")
     with pytest.raises(ValueError, match="stands behind no flag"): _settings_of(["x", "--y"])
+
+
+@pytest.mark.parametrize("given", [dict(layers=2), dict(layers="2")])
+@pytest.mark.parametrize("names", ["a", Path("a"), ["a"], ("a",), [Path("a")]])
+def test_a_call_from_python_reads_values_as_the_command_line_reads_texts(run, given, names):
+    made = command(bake)(Path("sponge"), sizes=3, names=names, **given)
+    assert made == ("sponge", 2, "plain", [3], False, True, ["a"]) == run("bake", "sponge", "--layers", "2", "--sizes", "3", "--names", "a")
+    assert command(mix)("a", Path("b"), on=True, x=[1]) == (("a", "b"), {"on": True, "x": [1]})
+
+
+@pytest.mark.parametrize("given, words", [
+    (dict(layers=0), "layers: 0 is not"), (dict(layers=True), "layers: True"), (dict(kind="fried"), "kind: 'fried' is none of plain, iced"),
+    (dict(warm="yes"), "warm: 'yes' is str, need bool"), (dict(names=[3]), "names: 3 is int, need str"), (dict(sizes="5-2"), "sizes: '5-2'"), (dict(layers=None), "layers: None"),
+])
+def test_a_value_that_cannot_be_names_its_parameter(given, words):
+    with pytest.raises(ValueError, match=words): command(bake)("sponge", **given)
+
+
+def test_a_command_keeps_its_signature_and_comments():
+    assert inspect.signature(command(bake)) == inspect.signature(bake) and _parameter_comments(command(bake)) == _parameter_comments(bake)
+
+
+def test_layers_and_counts_are_numbers_texts_or_lists():
+    assert layer_list("0, 3") == layer_list([0, 3]) == layer_list(("0", 3)) == layer_list(range(0, 4, 3)) == [0, 3] and layer_list(5) == [5] and layer_list("last") == "last"
+    assert number_list(np.arange(1, 3)) == [1, 2] and natural(0) == natural("0") == 0 and numbers("ROUNDS", int)(2) == (2,)
+    for reader, values in ((layer_list, ("0,", "", "x", -1, [], None)), (natural, ("-1", -1, 0.5, True)), (number_list, ("1,", "²", 0, None)), (numbers("A:B", float, int), ("nan:1", "1:1e400", (1, 2.5), (True, 2), 3))):
+        for value in values:
+            with pytest.raises(argparse.ArgumentTypeError): reader(value)

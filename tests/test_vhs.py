@@ -1,7 +1,6 @@
 "The files of Visual Haystacks: read, written, and results for the toolkit's scorer."
 import json
 import os
-from contextlib import contextmanager
 
 import pytest
 from PIL import Image
@@ -9,6 +8,7 @@ from PIL import Image
 from laid_nb import vhs as module
 from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.vhs import _vhs_name, export_vhs, read_vhs, write_vhs
+from refusals import refused
 
 TURNS = [{"from": "human", "value": "For the image with a dog, is there an umbrella?"}, {"from": "gpt", "value": "yes"}]
 ENTRY = {"conversations": TURNS, "pos_image": ["val2017/a.jpg"], "neg_image": ["val2017/b.jpg", "test2017/c.jpg"]}
@@ -30,14 +30,6 @@ def write(folder, *entries):
     path = folder/"visual_haystack_3.json"
     path.write_text(entries[0] if entries and isinstance(entries[0], str) else json.dumps(list(entries)))
     return path
-
-
-@contextmanager
-def refused(error, *parts):
-    "The error must come, on one line, naming all the parts."
-    with pytest.raises(error) as info: yield
-    message = str(info.value)
-    assert "\n" not in message and all(str(p) in message for p in parts), message
 
 
 # reading
