@@ -493,7 +493,8 @@ def mean_mass(
 ) -> dict[int, float]:  # number of images -> mean
     "Mean probability of the choices of a question together, by number of images; of questions that have choices."
     chosen = [r for r in records if _choices(r)]
-    return {s: float(np.mean([r["mass"] for r in chosen if r["size"] == s])) for s in sorted({r["size"] for r in chosen})}
+    sizes = sorted({r["size"] for r in chosen})
+    return {s: float(np.mean([r["mass"] for r in chosen if r["size"] == s])) for s in sizes}
 
 # %% ../nbs/10_accuracy.ipynb #plot-accuracy
 def _plot_level(axes, sizes, level, style):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from tqdm.auto import tqdm
 
 from .folder import TensorFolder
-from .haystack import Haystack, Passage, Question
+from .haystack import IMAGE, Haystack, Passage, Question
 from .store import processor_fingerprint, short_hash, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/07c_inputs.ipynb #check-turns
@@ -45,10 +45,23 @@ def is_text(
     return any(passages)
 
 def _content(haystack, text, pictures):
-    "A message's content: passages and `text` as one text, or images and `text` as parts; [] for pictures: without."
+    "Content of a message: passages and `text` as one text, or parts; images stand first, or where `text` has them."
     if is_text(haystack): return _BELOW.join([*(p.text for p in haystack.images), text])
-    return [*pictures, {"type": "text", "text": text}]
+    if IMAGE not in text or not pictures: return [*pictures, {"type": "text", "text": text}]
+    words = text.split(IMAGE)
+    if len(words) != len(pictures) + 1:
+        raise ValueError(f"haystack {haystack.id!r} has {len(pictures)} images and a question with {len(words) - 1} "
+                         f"places for them ({IMAGE}): {text!r}")
+    parts = [part for word, picture in zip(words, pictures) for part in ({"type": "text", "text": word}, picture)]
+    return [part for part in (*parts, {"type": "text", "text": words[-1]}) if part.get("text") != ""]
 
+def _before(haystack) -> list[dict]:
+    "The turn of the system, where a file has one."
+    if not haystack.system: return []
+    told = haystack.system if is_text(haystack) else [{"type": "text", "text": haystack.system}]
+    return [{"role": "system", "content": told}]
+
+# %% ../nbs/07c_inputs.ipynb #messages
 def messages(
     haystack: Haystack,  # images and questions
     turns: list[int],  # which questions to ask, in this order, as turns of one conversation
@@ -66,7 +79,7 @@ def messages(
         chat.append({"role": "user", "content": content})
         if answers or n < len(turns) - 1:
             chat.append({"role": "assistant", "content": part(question.reply)})
-    return chat
+    return _before(haystack) + chat
 
 # %% ../nbs/07c_inputs.ipynb #family
 @dataclass(frozen=True)
@@ -145,7 +158,8 @@ def question_text(
 ) -> str:  # one placeholder for each image
     "The text of a prompt with one question, as the chat template renders it."
     images = [{"type": "image"}]*len(haystack.images)
-    chat = [{"role": "user", "content": _content(haystack, prompt + haystack.questions[turn].text, images)}]
+    asked = _content(haystack, prompt + haystack.questions[turn].text, images)
+    chat = [*_before(haystack), {"role": "user", "content": asked}]
     return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=True, **no_thought(processor))
 
 # %% ../nbs/07c_inputs.ipynb #around-image
@@ -284,10 +298,12 @@ def add_replies(
 # %% ../nbs/07c_inputs.ipynb #reply-parts
 def _reply_texts(processor, haystack, turns, chat, answers) -> list[tuple[str, str, bool]]:
     "Of each reply: its text, the text from there to the next reply, whether it is known to be right."
-    def render(n, waits): return processor.apply_chat_template(chat[:n], tokenize=False, add_generation_prompt=waits)
+    before = bool(haystack.system)
+    def render(n, waits):
+        return processor.apply_chat_template(chat[:before + n], tokenize=False, add_generation_prompt=waits)
     parts, text = [], render(1, True)
     for k, t in enumerate(turns[:len(turns) if answers else -1]):
-        question, last = haystack.questions[t], 2*k + 2 == len(chat)
+        question, last = haystack.questions[t], 2*k + 2 == len(chat) - before
         longer = render(2*k + 2, False) if last else render(2*k + 3, True)
         new = longer[len(text):]
         said = new[:len(new) - len(new.lstrip())] + question.reply  # some templates put a space before a reply
@@ -343,7 +359,7 @@ def encode(
     the last image; `image` [1, tokens]: which image a token belongs to, -1 none. Raises ValueError when the chat
     template rewrites earlier turns, since then replies cannot be told from the rest."""
     family, chat = family_of(processor), messages(haystack, turns, answers, size)
-    first = processor.apply_chat_template(chat[:1], tokenize=False, add_generation_prompt=True)
+    first = processor.apply_chat_template(chat[:1 + bool(haystack.system)], tokenize=False, add_generation_prompt=True)
     inputs = _run_processor(processor, first, haystack, size)
     marker, tail = _split_text(processor, haystack, first)
     texts = _reply_texts(processor, haystack, turns, chat, answers)

@@ -134,7 +134,7 @@ def file_documents(
 
 # %% ../nbs/10b_lmms.ipynb #model
 def _plain_settings(model, tokenizer):
-    "Settings of `generate`: the tokens that end an answer, and nothing else of the checkpoint's."
+    "What `generate` starts from: the tokens that end an answer, and nothing else of the checkpoint's."
     from transformers import GenerationConfig
     own = model.generation_config.eos_token_id
     ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
@@ -156,7 +156,7 @@ class LmmsModel:
         there = prepare_process()
         self.model, self.processor = load_model(str(pretrained))
         self.model.to(device or there)
-        self.model.generation_config = _plain_settings(self.model, self.processor.tokenizer)  # `generate` falls back on it
+        self.model.generation_config = _plain_settings(self.model, self.processor.tokenizer)
 
     def loglikelihood(self, requests): raise NotImplementedError("the model laid writes answers: it scores no texts")
 

@@ -63,6 +63,7 @@ class Part:
     def finish(self) -> None: "After the last step, when the stock weights are about to be the student's."
     def describe(self) -> str: return type(self).__name__
 
+# %% ../nbs/09a_parts.ipynb #part-state
 def _part_state(
     folder: Path,  # of a checkpoint
     part: Part,  # which
@@ -397,7 +398,8 @@ def save_adapter(
     targets = list(self.adapters)
     LoraConfig(r=self.rank, lora_alpha=2*self.rank, target_modules=targets, base_model_name_or_path=base,
                inference_mode=True).save_pretrained(folder)
-    state = {f"base_model.model.{name.replace('.default.', '.')}": x.cpu().contiguous() for name, x in self.learnt.items()}
+    def named(name): return f"base_model.model.{name.replace('.default.', '.')}"  # as peft calls it
+    state = {named(name): x.cpu().contiguous() for name, x in self.learnt.items()}
     save_file(state, Path(folder)/"adapter_model.safetensors")
 
 # %% ../nbs/09a_parts.ipynb #same-student

@@ -135,6 +135,7 @@ def quantisation(
     raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
                      "which is not installed: pip install bitsandbytes")
 
+# %% ../nbs/06a_store.ipynb #load-model
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's

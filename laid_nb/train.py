@@ -69,9 +69,29 @@ def _fields(options: dict) -> list[tuple]:
     "Options of a term or a part as fields of a dataclass."
     return [(name, kind, _setting(default, help)) for name, (kind, default, help) in options.items()]
 
+# %% ../nbs/09b_train.ipynb #loading-settings
+@dataclass
+class _Loading:
+    "How the two models are loaded."
+    student_dtype: Literal["float32", "bfloat16"] = _setting("float32", (
+        "What the student's weights are kept in while they learn. bfloat16 needs an optimiser that does not round "
+        "small steps away. The result is saved in the dtype that the student was given in. A base under LoRA stays as "
+        "given."))
+    student_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the student quantised, as a base for LoRA (QLoRA). 0 is off. Needs bitsandbytes, or torchao for 8."))
+    save_adapter: bool = _setting(False, (
+        "Save the LoRA adapters at the end as peft does, instead of the whole student with the adapters merged."))
+    teacher_placement: str = _setting("same", (
+        "Where the teacher is: same (the student's device), shard (in pieces on all devices), auto (whole layers over "
+        "the devices of one process), cpu, or a device such as cuda:1."))
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", (
+        "What the teacher's weights are loaded in; auto is the checkpoint's."))
+    teacher_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the teacher quantised. 0 is off. Needs bitsandbytes, or torchao for 8."))
+
 # %% ../nbs/09b_train.ipynb #config
 @dataclass
-class LaidConfig(_own_settings(), TrainingArguments):
+class LaidConfig(_own_settings(), _Loading, TrainingArguments):
     "Settings of a distillation: `transformers.TrainingArguments`, with the paper's values as defaults, and ours."
     method: Literal[METHODS] = _setting("laid", (
         "Loss terms: answers (sft), answers and the teacher's softened answers (kd), both and Eq. 7 (laid), or all of "
@@ -91,20 +111,6 @@ class LaidConfig(_own_settings(), TrainingArguments):
     recompose: float = _setting(0.0, (
         "Share of samples whose pictures are put together anew whenever they are read, with the teacher's answer as "
         "the only target."))
-    student_dtype: Literal["float32", "bfloat16"] = _setting("float32", (
-        "What the student's weights are kept in while they learn. bfloat16 needs an optimiser that does not round small "
-        "steps away. The result is saved in the dtype that the student was given in. A base under LoRA stays as given."))
-    student_bits: Literal[0, 4, 8] = _setting(0, (
-        "Load the student quantised, as a base for LoRA (QLoRA). 0 is off. Needs bitsandbytes, or torchao for 8."))
-    save_adapter: bool = _setting(False, (
-        "Save the LoRA adapters at the end as peft does, instead of the whole student with the adapters merged."))
-    teacher_placement: str = _setting("same", (
-        "Where the teacher is: same (the student's device), shard (in pieces on all devices), auto (whole layers over "
-        "the devices of one process), cpu, or a device such as cuda:1."))
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", (
-        "What the teacher's weights are loaded in; auto is the checkpoint's."))
-    teacher_bits: Literal[0, 4, 8] = _setting(0, (
-        "Load the teacher quantised. 0 is off. Needs bitsandbytes, or torchao for 8."))
     on_bad_image: Literal["fail", "skip"] = _setting("fail", (
         "What is done where a picture cannot be shown in the middle of a training: save a checkpoint and stop (fail), "
         "or leave the haystack out (skip)."))
@@ -392,17 +398,7 @@ class LaidTrainer(Trainer):
         train_dataset = as_stream(train_dataset)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         _check_run(args, train_dataset, teacher, collator.turns)
-        rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
-        if self.teacher is not None:
-            check_pair(model, teacher, *map(tokenizer_of, (processing_class, teacher_processing_class)))
-            if teacher_processing_class is not None:
-                check_same_reading(processing_class, teacher_processing_class)
-            place_teacher(teacher, args.teacher_placement, args.device)
-        if self.simulates or self.simulation.thin or args.layers == "needle":
-            check_among(model)
-        tower = model.get_encoder(modality="image")
-        if tower is not model:
-            tower.requires_grad_(False)
+        self._check_models(model, args, processing_class, teacher_processing_class)
         self.kind, self.given_dtype = type(model), model.dtype
         if not args.lora_rank:
             model.to(torch.bfloat16 if args.student_dtype == "bfloat16" else
@@ -430,6 +426,22 @@ class LaidTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
+
+# %% ../nbs/09b_train.ipynb #check-models
+@patch
+def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher_processor):
+    "Refuses a pair that cannot be trained; puts the teacher where it is to be, and freezes the tower of the student."
+    rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
+    if self.teacher is not None:
+        check_pair(model, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
+        if teacher_processor is not None:
+            check_same_reading(processor, teacher_processor)
+        place_teacher(self.teacher, args.teacher_placement, args.device)
+    if self.simulates or self.simulation.thin or args.layers == "needle":
+        check_among(model)
+    tower = model.get_encoder(modality="image")
+    if tower is not model:
+        tower.requires_grad_(False)
 
 # %% ../nbs/09b_train.ipynb #caches
 def _check_caches(args: LaidConfig, model, teacher, simulates: bool) -> None:
@@ -534,6 +546,7 @@ def _begin(self: LaidTrainer, batches: list[dict]) -> None:
     for part in self.parts:
         part.start(batches)
 
+# %% ../nbs/09b_train.ipynb #train-begin
 @patch
 def begin(self: LaidTrainer) -> None:
     "Once the engine has prepared the student: the parts start or go on, and learn with it."
@@ -646,6 +659,7 @@ def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
                 p.grad = self.accelerator.reduce(p.grad, "mean")
     return loss
 
+# %% ../nbs/09b_train.ipynb #step-items
 @patch
 def _get_num_items_in_batch(self: LaidTrainer, batch_samples, device):  # -> float64 [items], see `count_items`
     "The items of every term in the whole step, over all its micro-batches and processes."
@@ -836,6 +850,7 @@ def save_student(
         settle_checkpoint(part, self.model, self.processing_class)
         _write_dtype(part, self.given_dtype)
 
+# %% ../nbs/09b_train.ipynb #save-dtype
 def _write_dtype(
     folder: Path,  # of a checkpoint
     dtype: torch.dtype,  # of its weights

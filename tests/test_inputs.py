@@ -360,3 +360,28 @@ def test_a_family_without_a_row_is_exact_too(internvl):
     assert (sample["turn"] >= 0).int().argmax() == prefix_length(prompt)
     batch = HaystackCollator(reads)([STACK, picture_haystack(1, 2, 2)])
     assert batch["pixel_values"].shape == (7, 3, 56, 56) and batch["attention_mask"].shape == batch["turn"].shape
+
+
+# --- what LLaVA's files have ---------------------------------------------------
+@pytest.mark.parametrize("system", ["", "Be brief."])
+@pytest.mark.parametrize("wording", ["What is new?", "First <image>, then <image>: what is new?"])
+def test_a_system_turn_and_images_between_words_are_read_as_the_template_writes_them(processor, system, wording):
+    "Against the processor on the whole conversation as one text."
+    scenes = picture_haystack(3, 2).images
+    asked = (Question("", "", "free", "A cup.", (), wording, ()), Question("", "", "free", "A dog.", (), "And before?", ()))
+    h = Haystack(scenes, asked, "talk", system)
+    made = encode(processor, h, [0, 1])
+    place = "<|vision_start|><|image_pad|><|vision_end|>"
+    words = wording.replace("<image>", place) if "<image>" in wording else 2*place + wording
+    chat = [("system", system)]*bool(system) + [("user", words), ("assistant", "A cup."), ("user", "And before?"), ("assistant", "A dog.")]
+    text = processor.apply_chat_template([dict(role=role, content=[dict(type="text", text=said)]) for role, said in chat], tokenize=False)
+    whole = processor(text=[text], images=[h.image(i, 56) for i in range(2)], return_tensors="pt")
+    assert made["input_ids"].tolist() == whole["input_ids"].tolist()
+    said = processor.tokenizer.decode(made["input_ids"][made["labels"] != -100])
+    assert "A cup." in said and "A dog." in said and "new" not in said and "brief" not in said
+    assert made["image"].unique().tolist() == [-1, 0, 1]
+
+
+def test_as_many_places_as_images(processor):
+    h = Haystack(picture_haystack(3, 2).images, (Question("", "", "free", "A cup.", (), "Only <image>?", ()),), "talk")
+    with pytest.raises(ValueError, match="2 images and a question with 1 places"): encode(processor, h, [0])

@@ -1,0 +1,157 @@
+"What a run needs, planned without numbers: against what PyTorch's allocator reports, and at the published shapes."
+import gc
+
+import pytest
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+
+from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.haystack import picture_haystack
+from laid_nb.inputs import HaystackCollator
+from laid_nb.plan import CARDS, Cards, LiveBytes, Sample, advise, plan_training
+from laid_nb.train import LaidConfig, LaidTrainer
+
+VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
+ROPE = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+
+
+def qwen(width, layers, heads, kv_heads, vocabulary, inner, tied=False):
+    text = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
+                vocab_size=vocabulary, intermediate_size=inner, rope_parameters=ROPE, tie_word_embeddings=tied)
+    return Qwen2_5_VLConfig(text_config=text, vision_config=VISION | dict(out_hidden_size=width), tie_word_embeddings=tied)
+
+
+def qwen3(width, layers, heads, inner, tower, deep):
+    text = dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=8,
+                head_dim=128, vocab_size=151936, intermediate_size=inner)
+    vision = dict(out_hidden_size=width, depth=tower, deepstack_visual_indexes=deep)
+    return Qwen3VLConfig(text_config=text, vision_config=vision)
+
+
+PAIRS = {
+    "3B<-7B": (qwen(2048, 36, 16, 2, 151936, 11008, True), qwen(3584, 28, 28, 4, 152064, 18944)),
+    "3B<-32B": (qwen(2048, 36, 16, 2, 151936, 11008, True), qwen(5120, 64, 40, 8, 152064, 27648)),
+    "7B<-32B": (qwen(3584, 28, 28, 4, 152064, 18944), qwen(5120, 64, 40, 8, 152064, 27648)),
+    "Qwen3-VL 2B<-8B": (qwen3(2048, 28, 16, 6144, 24, [5, 11, 17]), qwen3(4096, 36, 32, 12288, 27, [8, 16, 24])),
+}
+SIZES = {"3B<-7B": (3.75e9, 8.29e9), "3B<-32B": (3.75e9, 33.45e9), "7B<-32B": (8.29e9, 33.45e9)}  # parameters
+
+
+@pytest.fixture
+def settings(tmp_path): return lambda **given: LaidConfig(output_dir=str(tmp_path), use_cpu=True, **given)
+
+
+# --- against the allocator ----------------------------------------------------
+def cut_down(tokenizer, width, layers, heads, inner):
+    "A real Qwen2.5-VL with head_dim 128, small enough for a CPU."
+    made = anchor_config("student", tokenizer).to_dict()
+    made["text_config"] |= dict(hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1,
+                                intermediate_size=inner, rope_parameters=ROPE, layer_types=None, max_window_layers=layers)
+    made["vision_config"] |= dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=2, out_hidden_size=width,
+                                  fullatt_block_indexes=[1])
+    return Qwen2_5_VLConfig(**made)
+
+
+def allocated_peak(work):
+    "Most bytes that the allocator had given out at once since the start of `work`, as the profiler was told."
+    gc.collect()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("images, checkpointing", [(4, False), (16, False), (16, True)])
+def test_the_planned_peak_is_what_a_training_allocates(images, checkpointing, settings, monkeypatch):
+    processor = build_processor()
+    configs = cut_down(processor.tokenizer, 256, 4, 2, 700), cut_down(processor.tokenizer, 384, 5, 3, 1000)
+    collator = HaystackCollator(processor, turns=2, size=112)
+    data = [picture_haystack(i, images, 2, "train") for i in range(4)]
+    torch.manual_seed(0)
+    student, teacher = (AutoModelForImageTextToText.from_config(c, dtype=torch.float32) for c in configs)
+    args = settings(gradient_checkpointing=checkpointing, max_steps=2, gradient_accumulation_steps=2, save_strategy="no",
+                    report_to="none", disable_tqdm=True)
+    trainer = LaidTrainer(student, args, data, processor, teacher, None, data_collator=collator)
+    batch = collator(data[:1])
+    tokens, replies = batch["input_ids"].shape[1], int(batch["replies"].sum())
+    pictures = int((batch["input_ids"] == configs[0].image_token_id).sum())
+    sample = Sample(images, 112, 112, tokens - pictures - 2*images, replies)
+    weights = sum(p.numel()*4 for p in student.parameters())
+    taught = sum(p.numel()*4 for p in teacher.parameters())
+    measured = allocated_peak(trainer.train)  # beside the weights of both, which were there
+    configs[1].dtype = torch.float32
+    planned = plan_training(*configs, args, sample, Cards())
+    assert planned.tokens == tokens
+    assert planned.bytes["student: weights"] == weights and planned.bytes["teacher: weights"] == taught
+    assert planned.total - weights - taught == pytest.approx(measured, rel=0.15)
+
+
+def test_bytes_come_and_go_with_their_storages():
+    a, b = torch.ones(100, 100), torch.ones(100, 100)
+    with LiveBytes([a, b]) as live:
+        product = a @ b
+        view = product[:10].T
+        assert live.total == 4*100*100  # a view has no storage of its own
+        del product
+        assert live.total == 4*100*100  # and keeps the one it looks at
+        del view
+        assert live.total == 0
+    assert live.peak == 4*100*100
+
+
+# --- published shapes ---------------------------------------------------------
+@pytest.mark.parametrize("pair", PAIRS)
+def test_published_pairs_are_planned_without_weights(pair, settings):
+    student, teacher = PAIRS[pair]
+    made = plan_training(student, teacher, settings(bf16=True, gradient_checkpointing=True), Sample(images=20), Cards())
+    assert made.tokens == (7_900 if student.model_type == "qwen2_5_vl" else 20*(300 + 2) + 40)
+    whole, taught = made.bytes["student: weights"]/4, made.bytes["teacher: weights"]/2
+    if pair in SIZES: assert (whole, taught) == pytest.approx(SIZES[pair], rel=.01)
+    trained = made.bytes["student: gradients"]/4
+    tower = sum(p.numel() for p in _tower(student).parameters())
+    assert trained == whole - tower and made.bytes["student: optimizer states"] == 8*trained
+    assert made.recomputed > 0
+    checkpoints = student.text_config.num_hidden_layers*made.tokens*student.text_config.hidden_size*4
+    assert made.bytes["residual stream"] > checkpoints  # float32, one a layer
+
+
+def _tower(config):
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config).get_encoder(modality="image")
+
+
+def test_checkpointing_trades_work_for_memory(settings):
+    plain, thrifty = (plan_training(PAIRS["3B<-7B"][0], None, settings(bf16=True, method="sft", gradient_checkpointing=c), Sample(images=20), Cards())
+                      for c in (False, True))
+    assert thrifty.total < plain.total and thrifty.flops == plain.flops and thrifty.recomputed > plain.recomputed == 0
+
+
+@pytest.mark.parametrize("pair, cards, flags", [
+    ("7B<-32B", Cards(4, *CARDS["a100"]), "--gradient_checkpointing true --fsdp full_shard --teacher_placement shard"),
+    ("3B<-32B", Cards(1, *CARDS["h100"]), "--gradient_checkpointing true --teacher_bits 4 --lora_rank 8"),
+    ("3B<-7B", Cards(1, *CARDS["4090"]), "--gradient_checkpointing true --teacher_bits 4 --lora_rank 8"),
+])
+def test_a_plan_that_does_not_fit_says_what_would(pair, cards, flags, settings):
+    args, sample = settings(bf16=True), Sample(images=20)
+    made = plan_training(*PAIRS[pair], args, sample, cards)
+    better = advise(made, *PAIRS[pair], args)
+    assert not made.fits and better.fits and " ".join(made.advice) == flags
+    assert made.verdict().endswith(f"it would with {flags}") and better.verdict().startswith("fits ")
+
+
+def test_the_memory_of_a_longer_sample_grows_with_its_tokens(settings):
+    args = settings(bf16=True, gradient_checkpointing=True, method="sft")
+    sizes = [plan_training(PAIRS["3B<-7B"][0], None, args, Sample(images=n), Cards()) for n in (50, 100, 150)]
+    moving = [s.total - sum(v for k, v in s.bytes.items() if k.startswith("student")) for s in sizes]
+    assert moving[2] - moving[1] == pytest.approx(moving[1] - moving[0], rel=.02)
+
+
+def test_a_family_that_cuts_images_in_another_way_is_refused(settings):
+    from transformers import LlavaConfig
+    with pytest.raises(ValueError, match="a run of llava cannot be planned"):
+        plan_training(LlavaConfig(), LlavaConfig(), settings(), Sample(), Cards())
