@@ -43,7 +43,7 @@ lab: $(VENV)/.dev  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
 
 bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole step; writes data/results/bench_*.json
-	@for script in spectra mixing attention step inspector gpu; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	@for script in spectra mixing attention step cache readers inspector gpu; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 	@$(BIN)/python benchmarks/tables.py
 
 reproduce: $(VENV)/.dev  ## make every result of nbs/experiments again (hours; goes on where it was stopped)
@@ -66,13 +66,11 @@ clean-notebooks: $(VENV)/.dev  ## strip notebook metadata, keep ids and outputs
 outputs: $(VENV)/.dev  ## run ARGS=nbs/x.ipynb, or all, and store the outputs that are not what is stored
 	$(BIN)/python tests/check_notebooks.py --write $(ARGS)
 
-# A code cell is Python; links of the notebook are relative to nbs/, those of README.md to the root.
+# Cells of the index only show what they print; links of the notebook are relative to nbs/, those of README.md to the root.
 readme: $(VENV)/.dev  ## nbs/index.ipynb -> README.md
 	@rm -rf README_files
-	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown nbs/index.ipynb --output-dir . --output README \
-	  --RegexRemovePreprocessor.patterns='#\|\s*(hide|default_exp)' --RegexRemovePreprocessor.patterns='\s*\Z'
-	@awk '/^```/ { if (!inside && $$0 == "```") $$0 = "```python"; inside = !inside } { print }' README.md | \
-	  sed -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' -e 's#](\([A-Za-z0-9_/]*\.ipynb\)#](nbs/\1#g' > $(VENV)/README.md
+	@$(BIN)/jupyter nbconvert --log-level WARN --to markdown --no-input nbs/index.ipynb --output-dir . --output README
+	@sed -e 's#](\.\./#](#g' -e 's#src="\.\./#src="#g' -e 's#](\([A-Za-z0-9_/]*\.ipynb\)#](nbs/\1#g' README.md > $(VENV)/README.md
 	@mv $(VENV)/README.md README.md
 
 wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl

@@ -84,11 +84,12 @@ def made(
     pool: list[dict],  # from `precompute`
     processor,
     kind: type = LaidTrainer,  # or a subclass
+    **settings,  # more of LaidConfig
 ) -> LaidTrainer:  # ready for its first step
     "A trainer of one method."
     gpu = torch.cuda.is_available()
     config = LaidConfig(tempfile.mkdtemp(), method=method, use_cpu=not gpu, bf16=gpu, report_to="none",
-                        disable_tqdm=True, save_strategy="no")
+                        disable_tqdm=True, save_strategy="no", **settings)
     full = WindowSimulation(ramp=0.0)  # every term at full weight from the start
     trainer = kind(student, config, pool, processor, teacher=teacher, simulation=full)
     trainer.model.train()

@@ -341,14 +341,13 @@ def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
 ) -> dict:
-    "The README as a front page: figure and ways in come first, tables are folded, code that only shows a table goes."
+    "The README as a front page: figure and ways in come first, of code only what it shows stays."
     cells, figure = [], ""
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
             for output in cell["outputs"]:
                 text = joined(output.get("data", {}).get("text/markdown", ""))
-                fold = f'<details class="laid-fold"><summary>The table</summary>\n\n{text}\n\n</details>'
-                if text: cells.append(text_cell(cell["id"], fold))
+                if text: cells.append(text_cell(cell["id"], text))
             continue
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'

@@ -54,7 +54,7 @@ def _of_model(results, name):
     answers, sizes = results.models[name], results.sizes.tolist()
     ratio, gain = results.ratio(name), relative(results, name)
     places = dict(zip(sizes, zip(answers.correct, answers.total)))
-    short = lambda values, digits=4: [round(float(x), digits) for x in values]
+    short = lambda values, digits=4: [None if np.isnan(x) else round(float(x), digits) for x in values]
     return dict(
         trainings=answers.trainings, accuracy=dict(zip(sizes, short(answers.accuracy))),
         interval={s: short(results.interval(name, s)) for s in sizes},

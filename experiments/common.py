@@ -31,8 +31,10 @@ from laid_nb.store import (
     cores,
     hardware,
     load_model,
+    model_fingerprint,
     prepare_process,
     read_json,
+    save_model,
     slug,
     versions,
     write_json,
@@ -84,10 +86,11 @@ class Run:
     flipped: float = 0.0  # share of the answers that is wrong
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
     kind: str = "single"  # "single" or "multi" needle
+    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen
 
     @property
     def id(self) -> str:
-        what = {k: v for k, v in asdict(self).items() if k != "name"}
+        what = {k: v for k, v in asdict(self).items() if k != "name" and (k, v) != ("anchor", "teacher")}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         return f"{slug(self.settings['method'])}-{digest[:8]}"
 
@@ -115,18 +118,18 @@ def pair() -> dict:
 
 
 @functools.lru_cache(2)
-def pool(seed, number, images, kind, flipped, labels) -> list[dict]:
+def pool(seed, number, images, kind, flipped, labels, anchor) -> list[dict]:
     "Training haystacks as tensors."
     haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
     if not labels:
         haystacks = unlabelled(haystacks)
     collate = HaystackCollator(pair()["processor"])
-    return precompute(haystacks, collate, pair()["student"], pair()["teacher"], progress=False)
+    return precompute(haystacks, collate, pair()["student"], pair()[anchor], progress=False)
 
 
 def pool_of(run: Run) -> list[dict]:
     "The training haystacks of a run."
-    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels)
+    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, run.anchor)
 
 
 class ReadOnce(LaidTrainer):
@@ -134,7 +137,9 @@ class ReadOnce(LaidTrainer):
     share it."""
     def read_teacher(self, inputs, how, bias, rows):
         what = [inputs["input_ids"], inputs["teacher_features"], how["position_ids"], rows, *(bias or ())]
-        known = self.kept(b"".join(x.contiguous().cpu().numpy().tobytes() for x in what))
+        other = self.teacher is not pair()["teacher"]
+        who = model_fingerprint(self.teacher, pair()["processor"]) if other else ""
+        known = self.kept(who.encode() + b"".join(x.contiguous().cpu().numpy().tobytes() for x in what))
         if known.exists(): return {k: v.to(self.args.device) for k, v in load_file(known).items()}
         said = super().read_teacher(inputs, how, bias, rows)
         with atomic_write(known) as part:
@@ -166,10 +171,10 @@ def train(
     if run.folder.exists(): return run.folder
     student, _ = load_model("student", torch.float32)
     start, processor = time.time(), pair()["processor"]
-    trained = quiet_training(student, processor, pool_of(run), pair()["teacher"], trainer=ReadOnce, **settings_of(run))
+    anchor = pair()[run.anchor]
+    trained = quiet_training(student, processor, pool_of(run), anchor, trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
-        student.save_pretrained(part)
-        processor.save_pretrained(part)
+        save_model(student, processor, part)
         seconds = round(time.time() - start)
         write_json(part/"run.json", dict(run=asdict(run), seconds=seconds, log=trained.state.log_history))
     return run.folder

@@ -112,7 +112,7 @@ def said(results: Results) -> str:
     long = [s for s in (50, 100, 150) if s in results.sizes]
     def points(a, b, sizes):
         return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100*x for x in results.difference(a, b, sizes)))
-    gap = ", ".join("{:.0f}% [{:.0f}, {:.0f}]".format(*(100*x for x in results.closed(BEST, s))) for s in long)
+    gap = ", ".join(str(results.closed(BEST, s)) for s in long)
     pairs = ((BEST, "KD" + SIMULATED + RECOMPOSED), ("LAid+" + SIMULATED, "SFT" + SIMULATED),
              ("LAid" + SIMULATED, "SFT" + SIMULATED), ("LAid+", "SFT"), ("LAid", "SFT"), ("LAid", "KD"),
              (BEST, "log n scaling"), ("log n scaling", "student"))

@@ -33,7 +33,7 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from .capture import capture
 from .haystack import OBJECTS, Question, Scene, render, single_contents
 from .patch import patch
-from .store import atomic_write
+from .store import atomic_write, save_model
 
 # %% ../nbs/08_anchors.ipynb #chat-template
 _SYSTEM = "You are a helpful assistant."
@@ -699,7 +699,7 @@ def make_anchors(
     folder: Path,  # drawings, embeddings, checkpoints and logs; a second call goes on where the first was stopped
     out: Path,  # the pair is saved to `out/teacher` and `out/student`
 ) -> None:
-    "Train the pair from pixels and save it with `save_pretrained`. About two hours on 2 cores. Ours."
+    "Train the pair from pixels and save it. About two hours on 2 cores. Ours."
     torch.manual_seed(0)
     folder, out, processor = Path(folder), Path(out), build_processor()
     namer = Namer({name: anchor_config(name, processor.tokenizer) for name in SIZES})
@@ -708,5 +708,4 @@ def make_anchors(
     for name in SIZES:
         model = anchor_model(name, processor.tokenizer, namer)
         _train_language(name, model, processor.tokenizer, pictures[name], folder, **_TRAINING[name])
-        model.eval().save_pretrained(out/name)
-        processor.save_pretrained(out/name)
+        save_model(model.eval(), processor, out/name)

@@ -13,15 +13,15 @@ from functools import partial
 
 import torch
 from torch.nn.functional import one_hot, pad
+from torch.nn.utils.rnn import pad_sequence
 
 from laid_nb.inputs import (
     family_of,
     image_inputs,
     prefix_length,
+    prompt_groups,
     prompt_inputs,
     question_ids,
-    question_text,
-    read_groups,
     read_positions,
     token_fields,
 )
@@ -293,14 +293,14 @@ def _whole(model, processor, haystack, size, features):
     "Arguments for the whole prompt with the haystack's first question, and the group of each token."
     made = prompt_inputs(processor, haystack, size) if features is None else features
     inputs = {name: x.to(model.device) for name, x in made.items()}
-    length, tail = prefix_length(processor, inputs), question_ids(processor, question_text(processor, haystack, 0))
+    length, tail = prefix_length(inputs), question_ids(processor, haystack, 0)
     for name in token_fields(inputs, family_of(model)):
         fill = (0, 0)*(inputs[name].ndim - 2) + (0, len(tail))
         inputs[name] = pad(inputs[name][:, :length], fill)
     inputs["input_ids"][:, length:] = torch.tensor(tail, device=model.device)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     arguments = image_inputs(model, inputs) | {"position_ids": read_positions(model, inputs)}
-    return arguments, read_groups(model, inputs)
+    return arguments, prompt_groups(model, made, length + len(tail)).to(model.device)
 
 def _sorted_features(prompt, order):
     "What `precompute_prompts` made of a haystack, for its images in another order."
@@ -337,9 +337,9 @@ def ask_sorted(
             stack = _sort_images(stack, 0, shares)
             known = known and _sorted_features(known, shares.argsort(stable=True))
         scores, reply = ask(model, processor, stack, [0], 1, max_new_tokens, "", size, known)
-        log_p.append(scores)
+        log_p.append(scores[0])
         replies += reply or []
-    return torch.cat(log_p), replies if max_new_tokens else None
+    return pad_sequence(log_p, batch_first=True, padding_value=-math.inf), replies if max_new_tokens else None
 
 # %% ../nbs/11_baselines.ipynb #evaluate-with
 _METHODS = {"yarn": yarn, "self_extend": self_extend, "log_n": log_scaling}  # what changes a model for a while

@@ -7,6 +7,7 @@ __all__ = ['BENCHMARKS', 'Benchmark', 'read_haystacks', 'read_choices', 'choice_
 
 # %% ../nbs/07b_benchmarks.ipynb #imports
 import json
+import os
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,8 +17,9 @@ from typing import NamedTuple
 
 from . import vhs
 from .haystack import OBJECTS, YES_NO, Haystack, Question
+from .readers import read_llava, read_mmlongbench, read_table
 from .store import atomic_write
-from .vhs import VHS_PROMPT, image_file, read_entries, read_field, read_texts, read_vhs
+from .vhs import VHS_PROMPT, ImageFinder, read_entries, read_field, read_texts, read_vhs
 
 # %% ../nbs/07b_benchmarks.ipynb #table
 class Benchmark(NamedTuple):
@@ -25,23 +27,78 @@ class Benchmark(NamedTuple):
     read: Callable  # (file, folder of images) -> list of Haystack
     prompt: str  # before each question
     means: str  # in one line
+    files: str = "*.json"  # its files in a folder; "": a folder is read as it is
+    columns: tuple[str, ...] = ()  # further arguments of `read`, which name columns
 
 BENCHMARKS: dict[str, Benchmark] = {}  # by name
 
 # %% ../nbs/07b_benchmarks.ipynb #vhs
-BENCHMARKS["vhs"] = Benchmark(read_vhs, VHS_PROMPT, "Visual Haystacks: yes or no, about one or several needles")
+BENCHMARKS["vhs"] = Benchmark(
+    read_vhs, VHS_PROMPT, "Visual Haystacks: yes or no, about one or several needles", "visual_haystack_*.json")
+
+# %% ../nbs/07b_benchmarks.ipynb #rows
+BENCHMARKS["mmlongbench"] = Benchmark(
+    read_mmlongbench, "You are given a set of images. Please answer the question in Yes or No based on the given "
+    "images. Write your answer in the following format:\nAnswer: [answer]\n\nQuestion: ",
+    "visual haystacks of MMLongBench: yes or no", "vh_*.jsonl")
+
+BENCHMARKS["llava"] = Benchmark(
+    read_llava, "", "conversations in LLaVA's form, JSON or JSONL, answered freely", "*.json*")
+
+BENCHMARKS["table"] = Benchmark(
+    read_table, "", "a datasets folder, a parquet, CSV or JSON file, or a name on the hub", "",
+    ("image_column", "question_column", "answer_column", "choices_column", "data_split"))
+
+# %% ../nbs/07b_benchmarks.ipynb #read-files
+def _files(paths, row, benchmark):
+    "The files that are meant: those in a folder, in order. ValueError for a folder without any, and for a file twice."
+    found = []
+    for path in map(str, paths):
+        inside = sorted(Path(path).rglob(row.files)) if row.files and Path(path).is_dir() else [path]
+        if not inside: raise ValueError(f"{path} holds no file {row.files} of the benchmark {benchmark!r}")
+        found += map(str, inside)
+    places = [os.path.realpath(file) for file in found]
+    for n, place in enumerate(places):
+        if place in places[:n]: raise ValueError(f"{found[n]} is given twice")
+    return found
+
+def _folders_apart(files):
+    "Of files with one name: the folders that tell them apart, as few as it takes."
+    parts = [Path(file).resolve().parent.parts for file in files]
+    for n in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(p[-n:]).lstrip("/") for p in parts]
+        if len(set(ends)) == len(ends): return ends
+    return [str(n) for n in range(len(files))]  # names of one folder that differ in their endings
+
+def _told_apart(files, groups):
+    "Haystacks of all files; where ids of two files collide, with their folders before."
+    groups, owners = [list(group) for group in groups], {}
+    for n, group in enumerate(groups):
+        for name in {h.id for h in group}:
+            owners.setdefault(name, []).append(n)
+    clashing = sorted({n for owner in owners.values() if len(owner) > 1 for n in owner})
+    for n, folder in zip(clashing, _folders_apart([files[n] for n in clashing]) if clashing else ()):
+        groups[n] = [replace(h, id=f"{folder}/{h.id}") for h in groups[n]]
+    return [h for group in groups for h in group]
 
 # %% ../nbs/07b_benchmarks.ipynb #read
 def read_haystacks(
-    paths: list[str | Path],  # files of the benchmark
+    paths: list[str | Path],  # files of the benchmark, or folders of them
     image_root: str | Path | None,  # the folder that their image paths start from
     benchmark: str = "vhs",  # a name in `BENCHMARKS`
-) -> list[Haystack]:  # file by file
-    "Haystacks from files. ValueError for an unknown benchmark or no image root, and whatever the reader raises."
+    **columns: str | None,  # names of columns, for a benchmark that has them; None: its default
+) -> list[Haystack]:  # file by file, with unique ids
+    """Haystacks from files. ValueError for an unknown benchmark, no image root where one is needed, a column for a
+    benchmark without columns, a file given twice, and whatever the reader raises."""
     if benchmark not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {benchmark!r}: one of {', '.join(BENCHMARKS)}")
-    if image_root is None: raise ValueError("--data needs --image_root, the folder that its image paths start from")
-    return [h for path in paths for h in BENCHMARKS[benchmark].read(path, image_root)]
+    row, columns = BENCHMARKS[benchmark], {name: value for name, value in columns.items() if value is not None}
+    for name in columns:
+        if name not in row.columns: raise ValueError(f"--{name} is not for the benchmark {benchmark!r}")
+    if image_root is None and not row.columns:
+        raise ValueError("--data needs --image_root, the folder that its image paths start from")
+    files = _files(paths, row, benchmark)
+    return _told_apart(files, [row.read(file, image_root, **columns) for file in files])
 
 # %% ../nbs/07b_benchmarks.ipynb #choices
 def _choice_question(entry, n_images, where):
@@ -63,9 +120,9 @@ def read_choices(
     image_root: str | Path,  # the folder its image paths start from
 ) -> list[Haystack]:  # one for all entries about the same images
     "Haystacks from a file of questions with choices; the form is ours. Errors name the file, the entry and the field."
-    questions = {}
+    questions, find = {}, ImageFinder(image_root)
     for where, entry in read_entries(json_path, image_root, "a file of choices"):
-        images = tuple(image_file(name, image_root, where) for name in read_texts(entry, "images", where))
+        images = tuple(find(name, where) for name in read_texts(entry, "images", where))
         if not images: raise ValueError(f"{where}: the field 'images' is empty")
         questions.setdefault(images, []).append(_choice_question(entry, len(images), where))
     name = f"choices/{Path(json_path).stem}"

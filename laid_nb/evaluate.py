@@ -20,9 +20,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from .haystack import YES_NO, Haystack, haystack_fingerprint
-from .inputs import prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text, read_positions
-from .store import model_fingerprint, tower_fingerprint
+from .haystack import IMAGE, YES_NO, Haystack, haystack_fingerprint
+from laid_nb.inputs import (
+    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids,
+    read_positions, reply_lead
+)
+from .store import model_fingerprint, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #continuation
 class _Continuation(DynamicLayer):
@@ -50,12 +53,11 @@ class PrefixCache(NamedTuple):
 
 def read_prefix(
     model,  # any transformers model that answers about images
-    processor,  # its processor
     inputs: dict,  # a prompt, from `prompt_inputs` or `precompute_prompts`
 ) -> PrefixCache:
-    "Read the images of a prompt once."
+    "Read the images of a prompt once. ValueError for a prompt that can only be read whole."
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
-    positions, length = read_positions(model, inputs), prefix_length(processor, inputs)
+    positions, length = read_positions(model, inputs), prefix_length(inputs)
     read, cache = prefix_inputs(model, inputs, length), DynamicCache()
     model(**read, position_ids=positions[..., :length], past_key_values=cache, use_cache=True, logits_to_keep=1)
     return PrefixCache(cache, positions[..., length:length + 1], length)
@@ -112,10 +114,24 @@ def continue_prefix(
     logits = model(**inputs, logits_to_keep=1).logits[:, -1]
     return _log_p(logits), _write_answers(model, inputs, logits, max_new_tokens, ends)
 
+# %% ../nbs/10a_evaluate.ipynb #together
+def _has_windows(model) -> bool:
+    "Whether a text layer attends in a window."
+    text = model.config.get_text_config()
+    kinds = getattr(text, "layer_types", None) or ["sliding_attention"]
+    return getattr(text, "sliding_window", None) is not None and any(kind != "full_attention" for kind in kinds)
+
+def _together(model, texts, batch) -> list[list[int]]:
+    "Indices of token lists that are continued at once: at most `batch`, of one length where layers attend in a window."
+    alike = {}
+    for i, ids in enumerate(texts):
+        alike.setdefault(len(ids) if _has_windows(model) else 0, []).append(i)
+    return [some[i:i + batch] for some in alike.values() for i in range(0, len(some), batch)]
+
 # %% ../nbs/10a_evaluate.ipynb #choice-ids
-def _choice_ids(tokenizer, choices):
-    "Token ids of each choice."
-    return [tokenizer(choice, add_special_tokens=False).input_ids for choice in choices]
+def _choice_ids(tokenizer, choices, lead=""):
+    "Token ids of each choice, as it stands behind `lead`, the white space that a template puts before a reply."
+    return [tokenizer(lead + choice, add_special_tokens=False).input_ids for choice in choices]
 
 def answer_ids(
     tokenizer,
@@ -138,26 +154,64 @@ def _end_ids(model, tokenizer):
 
 def _score_whole(model, prefix, tail, choices, ends):
     "Log-probability of each choice (token ids) as the whole answer to a question [choices]."
-    if not ends: raise ValueError("no token ends an answer: choices that begin alike cannot be told apart")
     inputs = _continued(prefix, [tail + ids for ids in choices])
     log_p = _log_p(model(**inputs, logits_to_keep=max(map(len, choices)) + 1).logits)  # the last column is what follows
-    ended = log_p[:, -1, sorted(ends)].logsumexp(-1)
-    said = [row[-len(ids) - 1:-1].gather(1, torch.tensor(ids, device=row.device)[:, None]).sum()
-            for row, ids in zip(log_p, choices)]
-    return torch.stack(said) + ended
+    return torch.stack([_whole_log_p(row[-len(ids) - 1:], ids, ends) for row, ids in zip(log_p, choices)])
+
+def _whole_log_p(log_p, ids, ends):
+    "Log-probability of an answer and of its end; log_p [its tokens and what follows, vocabulary]."
+    if not ends: raise ValueError("no token ends an answer: choices that begin alike cannot be told apart")
+    said = log_p[:-1].gather(1, torch.tensor(ids, device=log_p.device)[:, None]).sum()
+    return said + log_p[-1, sorted(ends)].logsumexp(-1)
 
 def _score(model, prefix, tail, choices, ends, batch, next_log_p):
     "Log-probability of each choice [choices]: of first tokens (next_log_p [vocabulary]) where these tell them apart."
     first = [ids[0] for ids in choices]
     if len(set(first)) == len(first): return next_log_p[first]
-    groups = [choices[i:i + batch] for i in range(0, len(choices), batch)]
-    return torch.cat([_score_whole(model, prefix, tail, group, ends) for group in groups])
+    scores = next_log_p.new_empty(len(choices))
+    for some in _together(model, choices, batch):
+        scores[some] = _score_whole(model, prefix, tail, [choices[i] for i in some], ends)
+    return scores
+
+# %% ../nbs/10a_evaluate.ipynb #ask-whole
+def _write_whole(model, given, ends, max_new_tokens):
+    "Token ids of the answer to a whole prompt, by the stock `generate`, greedy."
+    made = model.generate(**given, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=sorted(ends) or None,
+                          pad_token_id=min(ends, default=0))[0]
+    ids = made[given["input_ids"].shape[1] if "input_ids" in given else 0:].tolist()
+    return ids[:next((i for i, token in enumerate(ids) if token in ends), len(ids))]
+
+def _prompt_of(model, processor, haystack, turn, prompt, size, features):
+    "The whole prompt of a question on the model's device, with the features of its pictures where they are known."
+    inputs = prompt_inputs(processor, haystack, size, turn, prompt)
+    seen = {} if features is None or "features" not in features else {"features": features["features"]}
+    return {name: x.to(model.device) for name, x in (inputs | seen).items()}
+
+def _ask_whole(model, inputs, choices, ends, max_new_tokens):
+    "Scores of the choices [choices] of one question and the token ids of its answer, from whole prompts."
+    def read(prompt, n):
+        given = image_inputs(model, prompt) | {"position_ids": read_positions(model, prompt)}
+        return _log_p(model(**given, logits_to_keep=n, use_cache=False).logits[0])
+    row, first = family_of(model), [ids[0] for ids in choices]
+    said = _write_whole(model, image_inputs(model, inputs), ends, max_new_tokens) if max_new_tokens else []
+    if len(set(first)) == len(first): return read(inputs, 1)[-1, first], said
+    scores = [_whole_log_p(read(append_text(inputs, ids, row), len(ids) + 1), ids, ends) for ids in choices]
+    return torch.stack(scores), said
 
 # %% ../nbs/10a_evaluate.ipynb #ask
+def _ask_parts(model, prefix, tails, choices, ends, batch, max_new_tokens):
+    "Scores of the choices of each question and token ids of its answer, behind images that are read once."
+    found = [None]*len(tails)
+    for some in _together(model, tails, batch):
+        next_log_p, answers = continue_prefix(model, prefix, [tails[i] for i in some], max_new_tokens, ends)
+        for i, row, ids in zip(some, next_log_p, answers):
+            found[i] = _score(model, prefix, tails[i], choices[i], ends, batch, row), ids
+    return found
+
 @torch.no_grad()
 def ask(
     model,  # any transformers model that answers about images, in evaluation mode
-    processor,  # its processor
+    processor,  # its processor, or the tokenizer of a model of text alone
     haystack: Haystack,  # images and questions
     turns: list[int] | None = None,  # which questions; None: all
     batch: int = 8,  # questions continued at once
@@ -166,23 +220,24 @@ def ask(
     size: int = 56,  # side of drawn scenes in pixels
     features: dict | None = None,  # this haystack's part of what `precompute_prompts` made; None: pictures are read now
 ) -> tuple[torch.Tensor, list[str] | None]:  # log-probabilities [questions, most choices], and the answers written
-    """Ask each question by itself, in a conversation of its own; the images are read once. Ours.
+    """Ask each question by itself, in a conversation of its own; the images are read once where that is the same. Ours.
 
     The same numbers as whole prompts, one by one. Log-probabilities are of the choices in their order (of Yes and No),
     -inf behind the last; float32, or float64 for such a model."""
-    tokenizer, ends = processor.tokenizer, _end_ids(model, processor.tokenizer)
-    turns = range(len(haystack.questions)) if turns is None else turns
-    tails = [question_ids(processor, question_text(processor, haystack, t, prompt)) for t in turns]
-    choices = [_choice_ids(tokenizer, haystack.questions[t].choices) for t in turns]
-    prefix = read_prefix(model, processor, prompt_inputs(processor, haystack, size) if features is None else features)
-    scores, answers = [], []
-    for i in range(0, len(tails), batch):
-        some = slice(i, i + batch)
-        next_log_p, ids = continue_prefix(model, prefix, tails[some], max_new_tokens, ends)
-        scores += [_score(model, prefix, tail, c, ends, batch, row).cpu()
-                   for tail, c, row in zip(tails[some], choices[some], next_log_p)]
-        answers += tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return pad_sequence(scores, batch_first=True, padding_value=-math.inf), answers if max_new_tokens else None
+    tokenizer = tokenizer_of(processor)
+    turns, ends = range(len(haystack.questions)) if turns is None else turns, _end_ids(model, tokenizer)
+    lead = reply_lead(processor, haystack)
+    choices = [_choice_ids(tokenizer, haystack.questions[t].choices, lead) for t in turns]
+    inputs = prompt_inputs(processor, haystack, size) if features is None else features
+    if int(inputs["prefix"]):
+        tails = [question_ids(processor, haystack, t, prompt) for t in turns]
+        found = _ask_parts(model, read_prefix(model, inputs), tails, choices, ends, batch, max_new_tokens)
+    else:
+        found = [_ask_whole(model, _prompt_of(model, processor, haystack, t, prompt, size, features), c, ends,
+                            max_new_tokens) for t, c in zip(turns, choices)]
+    scores, answers = zip(*found)
+    written = tokenizer.batch_decode(list(answers), skip_special_tokens=True) if max_new_tokens else None
+    return pad_sequence([s.cpu() for s in scores], batch_first=True, padding_value=-math.inf), written
 
 # %% ../nbs/10a_evaluate.ipynb #record
 def _check_finite(haystack, turn, log_p):
@@ -194,6 +249,7 @@ def _check_finite(haystack, turn, log_p):
 def _scored(question, log_p):
     "What the log-probabilities of the choices, in their order, say about a question."
     mass = sum(math.exp(p) for p in log_p)
+    if not question.choices: return dict(margin=0., mass=0., correct=False)  # what is written counts
     if question.choices == YES_NO:
         margin = log_p[0] - log_p[1]
         return dict(margin=margin, mass=mass, correct=margin != 0 and (margin > 0) == question.answer)
@@ -209,7 +265,7 @@ def _record(haystack, mark, turn, log_p, reply):
     _check_finite(haystack, turn, log_p)
     about = dict(haystack=haystack.id, question=turn, fingerprint=mark, size=len(haystack.images),
                  needles=list(question.needles), kind=question.kind, answer=question.answer)
-    written = {} if reply is None else _read_answer(question, reply)
+    written = {} if reply is None else read_answer(question, reply)
     return about | _scored(question, log_p) | written
 
 # %% ../nbs/10a_evaluate.ipynb #written
@@ -232,10 +288,27 @@ def _named(question, text):
             found.add(words[word])
     return found | {c for c in letters if _names_letter(c, text)}
 
-def _read_answer(question, text):
+def _vhs_words(text):
+    "The words of a text in small letters, as the toolkit's scorer cuts them (NLTK): `no-one` and `yes/no` are one."
+    chunks = re.findall(r"(?:[\w+./=\\^|~…-]|[,:](?=\d))+", text.lower())
+    return {part.rstrip(".") for chunk in chunks for part in re.split(r"--|\.\.\.", chunk)}
+
+def _plain_words(text):
+    "A text in small letters without punctuation and articles, one space between words."
+    words = re.sub(r"[^\w\s]|_", " ", text.lower()).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the"))
+
+def read_answer(
+    question,  # a `Question`
+    text: str,  # a written answer
+) -> dict:  # `response`: the text; `compliant`: it names a choice; `correct`: it names the right one
     "What a written answer says about a question."
+    if not question.choices:
+        right, said = _plain_words(question.answer), _plain_words(text)
+        inside = f" {right} " in f" {said} " if right.isascii() else right in said
+        return dict(response=text, compliant=bool(said), correct=bool(right) and inside, exact=said == right)
     if question.choices == YES_NO:
-        words = set(re.findall(r"[a-z]+", text.lower()))
+        words = _vhs_words(text)
         right = "yes" if question.answer else "no"
         return dict(response=text, compliant=bool(words & {"yes", "no"}), correct=right in words)
     named = _named(question, text)
@@ -288,7 +361,16 @@ def _append(path, records):
         os.fsync(f.fileno())
 
 # %% ../nbs/10a_evaluate.ipynb #check-evaluate
-def _check_haystacks(haystacks):
+def _check_free(haystack, question, generate):
+    "Refuse free answers where nothing is written, and images between the words of a question."
+    if not question.choices and not generate:
+        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it "
+                         "needs generate=True, or --generate")
+    if IMAGE in question.text:
+        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, "
+                         "but is not evaluated, since images are read once for all questions")
+
+def _check_haystacks(haystacks, generate):
     "Refuse haystacks that cannot be told apart, or have nothing to ask."
     ids = {h.id for h in haystacks}
     if not haystacks or len(ids) < len(haystacks):
@@ -298,6 +380,7 @@ def _check_haystacks(haystacks):
             raise ValueError(f"haystack {h.id!r} has {len(h.images)} images and {len(h.questions)} questions: "
                              "it needs at least one of each")
         for q in h.questions:
+            _check_free(h, q, generate)
             if q.answer is None or (q.choices == YES_NO and not isinstance(q.answer, bool)):
                 raise ValueError(f"haystack {h.id!r} has a question that is not answered by yes or no, "
                                  "or by one of its choices")
@@ -323,7 +406,7 @@ def _evaluating(model):
 def evaluate(
     model,  # any transformers model that answers about images
     processor,  # its processor
-    haystacks,  # haystacks with unique ids; each question has one of its choices as the answer
+    haystacks,  # haystacks with unique ids; each question has an answer, one of its choices where it has any
     path: str | Path | None = None,  # JSONL file to write and to resume; None: nothing is written
     name: str = "",  # of the model, for the file's header and the progress bar
     batch: int = 8,  # questions of one haystack continued at once
@@ -340,7 +423,7 @@ def evaluate(
 
     Skips what `path` holds already; ValueError where that is of another model, setting or haystack."""
     haystacks, length = list(haystacks), max_new_tokens if generate else 0
-    _check_haystacks(haystacks)
+    _check_haystacks(haystacks, generate)
     if features:
         _check_tower(model, features)
     marks = {h.id: haystack_fingerprint(h) for h in haystacks}

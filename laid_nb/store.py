@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_json', 'read_json', 'slug', 'cores',
-           'prepare_process', 'model_path', 'load_model', 'save_model', 'short_hash', 'model_fingerprint',
-           'tower_fingerprint', 'hardware', 'versions']
+           'prepare_process', 'model_path', 'quantisation', 'load_model', 'settle_checkpoint', 'save_model',
+           'short_hash', 'model_fingerprint', 'tower_fingerprint', 'weights_fingerprint', 'processor_fingerprint',
+           'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
 import hashlib
@@ -16,7 +17,7 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
@@ -117,18 +118,38 @@ def _first_line(
 ) -> str:  # of its message, or the name of its type
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
+def quantisation(
+    bits: int,  # 4 or 8
+    installed=lambda package: util.find_spec(package) is not None,  # whether a package is
+):  # -> a quantization config of transformers
+    "How this machine can load weights of few bits. `ValueError` naming the package where it cannot."
+    if bits not in (4, 8): raise ValueError(f"weights of {bits} bits: need 4 or 8")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+    if installed("bitsandbytes"):
+        if bits == 8: return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype="bfloat16")
+    if bits == 8 and installed("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
+                     "which is not installed: pip install bitsandbytes")
+
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
+    bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
+    device="cpu",  # where quantised weights go; others are on the CPU
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path, cannot = model_path(name), f"cannot load the model {name!r}"
+    few = dict(quantization_config=quantisation(bits), device_map={"": device}) if bits else {}
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
@@ -139,15 +160,166 @@ def load_model(
                          f"such as {min(info['missing_keys'])}")
     return model.eval(), processor
 
+# %% ../nbs/06a_store.ipynb #older-rope
+_OLDER = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # kinds of RoPE that transformers 4 knows
+
+def _older_rope(rope):
+    "`rope_parameters` of one RoPE under the names of transformers 4."
+    kind = rope.get("rope_type", "default")
+    if kind not in _OLDER: return {}
+    named = ("rope_theta", "partial_rotary_factor")
+    scaling = {k: v for k, v in rope.items() if k not in named}
+    plain = not scaling.keys() - {"rope_type"} and kind == "default"
+    return {k: rope[k] for k in named if k in rope} | {"rope_scaling": None if plain else scaling}
+
+def _older_names(config):
+    "A config as JSON has it, with the names of transformers 4 beside `rope_parameters`, in its parts too."
+    found = {k: _older_names(v) if isinstance(v, dict) and k != "rope_parameters" else v for k, v in config.items()}
+    rope = config.get("rope_parameters")
+    if not rope: return found
+    if "full_attention" not in rope: return _older_rope(rope) | found
+    local = rope.get("sliding_attention") or {}  # Gemma 3
+    older = {"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {}
+    return _older_rope(rope["full_attention"]) | older | found
+
+# %% ../nbs/06a_store.ipynb #base-files
+_OF_PROCESSOR = (
+    "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json", "chat_template.jinja",
+    "chat_template.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
+_TYPES = ("dtype", "torch_dtype")
+
+def _base_file(base, name):
+    "A file of the checkpoint that something was loaded from, on this disk -> Path, or None."
+    from transformers.utils import cached_file
+    try:
+        return Path(cached_file(str(base), name, local_files_only=True)) if base else None
+    except (OSError, ValueError):
+        return None
+
+def _meaning(path):
+    "What a file says: bytes, or JSON without what a tokenizer was last asked to do."
+    if not path.exists(): return None
+    if path.suffix != ".json": return path.read_bytes()
+    data = json.loads(path.read_text(encoding="utf-8"))
+    return {k: v for k, v in data.items() if k not in ("padding", "truncation")} if isinstance(data, dict) else data
+
+def _without(config, names):
+    "A config without some keys, in its parts too."
+    return {k: _without(v, names) if isinstance(v, dict) else v for k, v in config.items() if k not in names}
+
+def _write_settings(path, data):
+    "JSON as transformers writes it."
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+def _config_of(folder):
+    "A config as transformers reads it, but for the type of the weights and where it lay."
+    from transformers import AutoConfig
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).to_dict()
+    return _without(config, (*_TYPES, "_name_or_path", "transformers_version", "architectures"))
+
+# %% ../nbs/06a_store.ipynb #settle-config
+def _typed(config, dtype):
+    "A config as JSON has it, with another type of the weights wherever it names one."
+    return {k: dtype if k in _TYPES else _typed(v, dtype) if isinstance(v, dict) else v for k, v in config.items()}
+
+def _own_config(source, dtype):
+    "`config.json` of the base, with the type that the weights have now."
+    own = read_json(source)
+    if {own.get(k) for k in _TYPES} - {None} == {dtype}: return own
+    return _typed(own, dtype) | ({} if any(k in own for k in _TYPES) else {"dtype": dtype})
+
+def _settle_config(folder, base):
+    "`config.json` as the base has it, or as it was written, with the older names where they change nothing."
+    path, source = folder/"config.json", _base_file(base, "config.json")
+    written, meant = read_json(path), _config_of(folder)
+    kept = source is not None and _config_of(source.parent) == meant
+    plain = _own_config(source, written["dtype"]) if kept else written
+    for config in (_older_names(plain), plain):
+        if kept and config == read_json(source):
+            shutil.copyfile(source, path)
+        else:
+            _write_settings(path, config)
+        if _config_of(folder) == meant: return
+
+def _settle_generation(folder, base):
+    "`generation_config.json` as the base has it, unless it says something else."
+    from transformers import GenerationConfig
+    source = _base_file(base, "generation_config.json")
+    if not source or not (folder/"generation_config.json").exists(): return
+    said = [GenerationConfig.from_pretrained(f).to_dict() for f in (folder, source.parent)]
+    if _without(said[0], ("transformers_version",)) == _without(said[1], ("transformers_version",)):
+        shutil.copyfile(source, folder/"generation_config.json")
+
+# %% ../nbs/06a_store.ipynb #settle-processor
+def _older_processor(folder):
+    "The files of a processor with what transformers 4 needs beside it."
+    path = folder/"tokenizer_config.json"
+    was = read_json(path)
+    config = dict(was)
+    more = config.pop("extra_special_tokens", [])
+    config |= {"additional_special_tokens": more} if more and isinstance(more, list) else {}
+    config |= {"extra_special_tokens": more} if isinstance(more, dict) else {}
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"  # its name in transformers 4, and still understood
+    if config != was:
+        _write_settings(path, config)
+    inside = _meaning(folder/"processor_config.json") or {}
+    for part, name in (("image_processor", "preprocessor"), ("video_processor", "video_preprocessor")):
+        path = folder/f"{name}_config.json"
+        if part in inside and not path.exists():
+            _write_settings(path, inside[part] | {"processor_class": inside.get("processor_class")})
+
+def _is_from(source, folder, kind):
+    "Whether a processor in `folder` is the one in `source`: whether that, read and written, gives the same files."
+    with tempfile.TemporaryDirectory() as fresh:
+        try:
+            kind.from_pretrained(source, trust_remote_code=False).save_pretrained(fresh)
+        except Exception:  # a tokenizer's folder, no processor's; the libraries raise errors of many types
+            return False
+        return all(_meaning(Path(fresh, name)) == _meaning(folder/name) for name in _OF_PROCESSOR)
+
+def _settle_processor(folder, processor):
+    "The files of the base's processor, unless the one to be saved is another; then both names."
+    found = {name: _base_file(processor.tokenizer.name_or_path, name) for name in _OF_PROCESSOR}
+    source = found["tokenizer_config.json"]
+    if source and _is_from(source.parent, folder, type(processor)):
+        for name in _OF_PROCESSOR:
+            (folder/name).unlink(missing_ok=True)
+            if found[name]:
+                shutil.copyfile(found[name], folder/name)
+    _older_processor(folder)
+
+# %% ../nbs/06a_store.ipynb #settle
+def settle_checkpoint(
+    folder,  # that `save_pretrained` of both has filled
+    model,  # a transformers model
+    processor,  # its processor
+):
+    """Make a checkpoint what its base was, but for what has changed: files of the base as they are, where they say the
+    same, and beside new names those that transformers 4.57 reads. Ours."""
+    folder, base = Path(folder), model.config._name_or_path
+    _settle_config(folder, base)
+    _settle_generation(folder, base)
+    _settle_processor(folder, processor)
+
 def save_model(
     model,  # a transformers model
     processor,  # its processor
     folder,  # to be made
 ):
-    "A stock checkpoint, whole or not at all."
+    "A stock checkpoint, whole or not at all, as `settle_checkpoint` leaves it."
     with atomic_write(folder) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)
+        settle_checkpoint(part, model, processor)
+
+# %% ../nbs/06a_store.ipynb #tokenizer-of
+def tokenizer_of(
+    processor,  # a transformers processor, or a tokenizer
+):  # -> tokenizer
+    "The tokenizer of a processor; a tokenizer is its own."
+    return getattr(processor, "tokenizer", processor)
 
 # %% ../nbs/06a_store.ipynb #fingerprint
 def short_hash(
@@ -163,6 +335,7 @@ def _digest(
     "Hash of names, shapes and up to 4096 spaced values of each tensor."
     digest = hashlib.sha256()
     for name, x in sorted(named):
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
         flat = x.detach().flatten()
         values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
@@ -176,14 +349,33 @@ def model_fingerprint(
     image settings."""
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     weights = _digest([*model.named_parameters(), *model.named_buffers()])
-    template, images = processor.chat_template or "", processor.image_processor.to_dict()
-    return short_hash(config, weights, template, images, len(processor.tokenizer))
+    pictures = getattr(processor, "image_processor", None)  # a tokenizer has none
+    images = pictures.to_dict() if pictures else {}
+    return short_hash(config, weights, processor.chat_template or "", images, len(tokenizer_of(processor)))
 
 def tower_fingerprint(
     model,  # a transformers model
 ) -> str:  # 16 hex digits
-    "Hash of up to 4096 spaced values of each weight of the vision tower."
-    return _digest(model.get_encoder(modality="image").named_parameters())[:16]
+    "Hash of up to 4096 spaced values of each weight that makes image features: vision tower and projector."
+    text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    others = {id(p) for part in text for p in part.parameters()}
+    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+
+def weights_fingerprint(
+    model,  # a transformers model
+) -> str:  # 16 hex digits
+    "Hash of configuration and of up to 4096 spaced values of each weight, whatever its processor."
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return short_hash(config, _digest(model.named_parameters()))
+
+# %% ../nbs/06a_store.ipynb #processor
+def processor_fingerprint(
+    processor,  # a transformers processor
+) -> str:  # 16 hex digits
+    "Hash of template, tokenizer and all settings."
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
+    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:

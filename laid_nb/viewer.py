@@ -23,7 +23,7 @@ from torch.nn.functional import one_hot, pad
 from .capture import capture
 from .evaluate import answer_ids, continue_prefix, read_prefix
 from .haystack import Haystack
-from .inputs import prompt_inputs, question_ids, question_text, read_groups
+from .inputs import prompt_groups, prompt_inputs, question_ids
 from .inspector import COLOURS, Inspector
 from .patch import patch
 
@@ -107,15 +107,13 @@ def read_attention(
     "Attention of each question's tokens on each image, and the answer (ours). `ValueError` without a known answer."
     _check_answers(haystack)
     inputs = {field: x.to(model.device) for field, x in prompt_inputs(processor, haystack, size).items()}
-    prefix = read_prefix(model, processor, inputs)
-    images = inputs["input_ids"][:, :prefix.length]
+    prefix = read_prefix(model, inputs)
     words, shares, log_p = [], [], []
     for turn in range(len(haystack.questions)):
-        ids = question_ids(processor, question_text(processor, haystack, turn))
-        prompt = torch.cat([images, torch.tensor([ids], device=model.device)], 1)
+        ids = question_ids(processor, haystack, turn)
         with capture(model) as cache:
             scores, _ = continue_prefix(model, prefix, [ids], 0, ())
-        shares.append(_image_shares(cache, read_groups(model, {"input_ids": prompt})[0]))
+        shares.append(_image_shares(cache, prompt_groups(model, inputs, prefix.length + len(ids))[0]))
         words.append(tuple(processor.tokenizer.decode([i]) for i in ids))
         log_p.append(scores[0, answer_ids(processor.tokenizer)].float().cpu())
     longest, log_p = max(map(len, words)), torch.stack(log_p)

@@ -114,8 +114,33 @@ def test_impossible_counts_are_refused(sizes, correct, total, word):
 
 
 def test_models_of_unequal_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"b was measured at \[1, 5\] images, others at \[1, 10, 100\]"):
+    with pytest.raises(ValueError, match=r"b was measured at \[1, 5\] images, a at \[1, 10, 100\]"):
         Results({"a": counted(.9, .9, .9), "b": counted(.9, .9, sizes=(1, 5))})
+
+
+def test_models_are_compared_only_where_they_were_asked_the_same():
+    records = [dict(size=3, haystack=h, fingerprint="f", question=0, correct=True) for h in "ab"]
+    a = by_size(records)
+    assert Results({"a": a, "b": by_size(records)}).sizes.tolist() == [3]
+    for other in ([r | {"haystack": "c" + r["haystack"]} for r in records], [r | {"fingerprint": "g"} for r in records],
+                  [*records, records[0] | {"question": 1}]):
+        with pytest.raises(ValueError, match="b was asked about other haystacks of 3 images than a"):
+            Results({"a": a, "b": by_size(other)})
+    four = by_size([r | {"choices": list("ABCD")} for r in records])
+    with pytest.raises(ValueError, match="guessing is right with 0.25"): Results({"a": a, "b": four})
+    assert Results({"a": a, "b": count([3], [1], [2])}).difference("a", "b", [3])[0] == .5  # of counts nothing is known
+
+
+def test_what_was_not_named_or_measured_is_an_error_that_says_so():
+    results = Results({"a": counted(.9, .8, .7)})
+    for call, text in ((lambda: Results({}), "no models"), (by_size, "no training"), (lambda: from_bits([], {1: [0]}), "nothing to count"),
+                       (lambda: from_bits([{1: "1"}], {1: [0], 5: [0]}), r"size 5: \[0\] answers to 1"),
+                       (lambda: Results({"a": counted(.9, .8, .7)}, "c"), "base 'c' is not one of the models: a"),
+                       (lambda: results.ratio("a"), "which model is the base"), (lambda: results.closed("a", 1), "which model is the base"),
+                       (lambda: results.window("b"), "no model 'b': there are a"), (lambda: results.interval("b", 1), "no model 'b'"),
+                       (lambda: results.difference("a", "a", [20]), "20 images were not measured, only 1, 10, 100"),
+                       (lambda: results.difference("a", "a", []), "at least one size")):
+        with pytest.raises(ValueError, match=text): call()
 
 
 # ---------------------------------------------------------------- redraws
@@ -183,13 +208,16 @@ def test_bootstrap_of_one_haystack_a_question_has_the_binomials_spread():
     np.testing.assert_allclose(draws.std(0), math.sqrt(.7*.3/400), rtol=.06)
 
 
-def test_an_interval_of_one_training_is_never_narrower_than_wilsons():
+def test_an_interval_is_never_narrower_than_wilsons_of_the_questions_of_one_training():
     answers = from_bits([{s: "10"*60 for s in SIZES}], {s: np.repeat(np.arange(60), 2) for s in SIZES})  # no spread
     results = Results({"a": answers})
     low, high = (float(x) for x in wilson(60, 120))
     assert interval(results.draws["a"][:, 0]) == (.5, .5) and results.interval("a", 1) == (low, high)
-    three = Results({"a": drawn((.7, .7, .7), trainings=3)})
+    three = Results({"a": drawn((.7, .7, .7), trainings=3, spread=.15)})  # trainings that differ: wider than Wilson's
     assert three.interval("a", 10) == interval(three.draws["a"][:, 1])
+    perfect = Results({"a": drawn((2, 2, 2), trainings=5)})
+    assert interval(perfect.draws["a"][:, 0]) == (1, 1)
+    assert perfect.interval("a", 1) == tuple(float(x) for x in wilson(360, 360))
 
 
 # ---------------------------------------------------------------- windows
@@ -235,6 +263,8 @@ def test_ends_of_an_interval_that_were_cut_off_are_marked():
     low = window([.52, .3, .2], questions=100)
     assert not low.failed and low.low == 1 and str(low).startswith(f"{low.size:.3g} [<1, ")
     assert not set("<≥") & set(str(window([.9, .6, .4])))
+    at_once = window([.5, .3, .2], questions=100)  # on the line at the first size, and perhaps below it
+    assert not at_once.failed and str(at_once).startswith("1 [<1, ")
 
 
 def test_window_out_of_sight_is_not_measured():
@@ -269,6 +299,22 @@ def test_half_way_starts_from_chance():
     assert chance[0].get_ydata()[0] == .25
 
 
+def test_chance_of_each_size_is_the_start_of_its_own_threshold():
+    "Two choices with one image, four with more: half-way is 0.75 there and 0.625 here."
+    right = {1: 14, 10: 13, 100: 8}  # of 16: 0.875, 0.8125, 0.5
+    records = [dict(size=n, haystack=f"{n}-{i}", question=0, correct=i % 16 < right[n], needles=[0],
+                    choices=list("AB" if n == 1 else "ABCD")) for n in SIZES for i in range(160)]
+    results = Results({"a": by_size(records)})
+    assert results.half.tolist() == [.75, .625, .625]
+    w = results.window("a")
+    share = (.8125 - .625)/(.8125 - .5)
+    assert w.size == pytest.approx(10**(1 + share)) and w.threshold == (.75, .625, .625) and w.low < w.size < w.high
+    assert table_cells(results)[0][-2:] == [("window half-way", ""), ("window at 0.50", "")]
+    assert set(json.loads(json.dumps(numbers(results)))["a"]["window"]) == {"half-way", "0.5"}
+    dashed, dotted = (next(x for x in plot_accuracy(results).axes[0].lines if x.get_linestyle() == s) for s in ("--", ":"))
+    assert list(dashed.get_ydata()) == [.5, .25, .25] and list(dotted.get_ydata()) == [.75, .625, .625]
+
+
 # ---------------------------------------------------------------- ratios, gaps, gains
 
 @pytest.mark.parametrize("base, other, value, bound", [
@@ -298,6 +344,20 @@ def test_share_of_the_gap_is_a_ratio_of_differences_on_the_same_redraws():
     value, low, high = results.closed("good", 100)
     gap = lambda x: (x["good"] - x["student"])/(x["teacher"] - x["student"])
     assert value == pytest.approx(gap(a)) and (low, high) == interval(gap(d)) and low < value < high
+
+
+def test_a_ratio_of_windows_that_were_not_measured_says_so():
+    r = Results({"a": counted(.6, .6, .6), "b": counted(.99, .99, .99)}, "a").ratio("b")
+    assert str(r) == f"≥100.00 {UNMEASURED}" and not r.measured
+    assert str(Results({"a": counted(.9, .6, .4), "b": counted(.99, .99, .99)}, "a").ratio("b")).startswith("≥31.62 [≥")
+
+
+def test_a_share_of_no_gap_is_not_measured_and_of_a_small_one_is_open():
+    same = drawn((.9, .8, .7))
+    assert str(Results({"a": same, "b": same}, "a", "b").closed("a", 10)) == "not measured: no gap"
+    models = {"a": drawn((.8, .8, .8), seed=1), "b": drawn((.81, .81, .81), seed=2), "c": drawn((.9, .9, .9), seed=3)}
+    share = Results(models, "a", "b").closed("c", 10)
+    assert share.value == share.value and math.isnan(share.low) and math.isnan(share.high) and str(share).endswith("% [?, ?]")
 
 
 def test_gain_of_table_1():

@@ -26,14 +26,15 @@ from transformers import (
 )
 
 from laid_nb import baselines
-from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.anchors import anchor_config
 from laid_nb.baselines import _sort_images, ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, yarn
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
 from laid_nb.evaluate import ask, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
-from laid_nb.inputs import HaystackCollator, encode, image_inputs, precompute_prompts, read_groups, read_positions
+from laid_nb.inputs import OURS, HaystackCollator, encode, image_inputs, precompute_prompts, read_positions
 from laid_nb.rope import RopeSpec
+from laid_nb.simulate import image_groups
 
 LLAMA = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=60, pad_token_id=0, bos_token_id=None, eos_token_id=None)
 
@@ -46,9 +47,6 @@ def sharpened(model):
 def llama(seed=0, attention="sdpa", **kwargs):
     torch.manual_seed(seed)
     return sharpened(LlamaForCausalLM._from_config(LlamaConfig(**LLAMA | kwargs), attn_implementation=attention))
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
 
 def vision_model(processor, **text):
     config = anchor_config("student", processor.tokenizer).to_dict()
@@ -64,7 +62,11 @@ def model(processor): return vision_model(processor)
 @pytest.fixture(scope="module")
 def haystack(): return picture_haystack(0, 6, 4, "val")
 
-def prompt(processor, haystack, turn=0): return {k: v for k, v in encode(processor, haystack, [turn], answers=False).items() if k not in ("labels", "replies", "turn", "needles")}
+def owners(model, inputs):
+    "Which image each token belongs to, by the tokens around an image."
+    return image_groups(inputs["input_ids"], *(getattr(model.config, f"{name}_token_id") for name in ("image", "vision_start", "vision_end")))
+
+def prompt(processor, haystack, turn=0): return {k: v for k, v in encode(processor, haystack, [turn], answers=False).items() if k not in OURS}
 
 def logits(model, inputs, **kwargs):
     with torch.no_grad(): return model(**inputs, **kwargs).logits
@@ -396,7 +398,7 @@ def eager_shares(model, arguments, groups, layers=slice(None)):
 @pytest.mark.parametrize("layers, chosen", [(None, slice(None)), ("last", slice(1, 2)), ([0], slice(0, 1))])
 def test_image_attention_is_the_eager_rows(model, processor, layers, chosen):
     batch = HaystackCollator(processor, turns=1)([picture_haystack(1, 2, 2, "val"), picture_haystack(2, 5, 2, "val")])
-    arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, batch)}, read_groups(model, batch)
+    arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, batch)}, owners(model, batch)
     found = image_attention(model, arguments, groups, layers)
     torch.testing.assert_close(found, eager_shares(model, arguments, groups, chosen))
     assert (found[0, 2:] == 0).all() and (found[1] > 0).all()
@@ -404,8 +406,8 @@ def test_image_attention_is_the_eager_rows(model, processor, layers, chosen):
 def test_image_attention_of_left_padding(model, processor, haystack):
     inputs = prompt(processor, haystack)
     padded = {k: F.pad(v, (3, 0)) if k in ("input_ids", "attention_mask", "mm_token_type_ids") else v for k, v in inputs.items()}
-    alone = image_attention(model, inputs | {"position_ids": read_positions(model, inputs)}, read_groups(model, inputs))
-    found = image_attention(model, padded | {"position_ids": F.pad(read_positions(model, inputs), (3, 0))}, F.pad(read_groups(model, inputs), (3, 0), value=-1))
+    alone = image_attention(model, inputs | {"position_ids": read_positions(model, inputs)}, owners(model, inputs))
+    found = image_attention(model, padded | {"position_ids": F.pad(read_positions(model, inputs), (3, 0))}, F.pad(owners(model, inputs), (3, 0), value=-1))
     torch.testing.assert_close(found, alone, atol=1e-6, rtol=1e-4)
 
 def test_image_attention_makes_no_square(model, processor):
@@ -413,13 +415,13 @@ def test_image_attention_makes_no_square(model, processor):
     tokens = inputs["input_ids"].shape[1]
     features = precompute_prompts(model, processor, [picture_haystack(0, 150, 2, "val")], progress=False)
     batch = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"student_features": next(v for k, v in features.items() if k != "tower")["features"]}
-    arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, inputs)}, read_groups(model, inputs)
+    arguments, groups = image_inputs(model, batch, "student") | {"position_ids": read_positions(model, inputs)}, owners(model, inputs)
     with Largest() as largest: image_attention(model, arguments, groups)
     assert largest.elements < tokens**2/4
 
 def test_image_attention_refuses(model, processor, haystack):
     inputs = prompt(processor, haystack)
-    groups = read_groups(model, inputs)
+    groups = owners(model, inputs)
     with pytest.raises(ValueError, match="groups have shape"): image_attention(model, inputs, groups[:, 1:])
     with pytest.raises(ValueError, match="name no image"): image_attention(model, inputs, torch.full_like(groups, -1))
     with pytest.raises(ValueError, match="the inputs"): image_attention(model, {k: v for k, v in inputs.items() if k != "attention_mask"}, groups[:, 1:])
@@ -443,7 +445,7 @@ def test_ask_sorted_by_hand(model, processor, haystack, rounds):
         stack = replace(haystack, questions=(haystack.questions[turn],))
         for _ in range(rounds):
             inputs = prompt(processor, stack)
-            stack = _sort_images(stack, 0, eager_shares(model, inputs, read_groups(model, inputs))[0])
+            stack = _sort_images(stack, 0, eager_shares(model, inputs, owners(model, inputs))[0])
         torch.testing.assert_close(line, ask(model, processor, stack)[0][0], atol=1e-5, rtol=0)
 
 def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):
@@ -452,6 +454,14 @@ def test_ask_sorted_with_pictures_seen_before(model, processor, haystack):
     torch.testing.assert_close(a[0], b[0], atol=1e-5, rtol=0)
     assert a[1] == b[1] and len(a[1]) == 4
     assert not torch.allclose(a[0], ask_sorted(model, processor, haystack, rounds=2)[0], atol=1e-5)  # the prompt is read
+
+def test_ask_sorted_takes_questions_with_unequal_numbers_of_choices(model, processor, haystack):
+    few, many = (replace(q, choices=c, answer="A", kind="choice", wording=q.text) for q, c in zip(haystack.questions, (("A", "B"), ("A", "B", "C"))))
+    found = ask_sorted(model, processor, replace(haystack, questions=(few, many)))[0]
+    assert found.shape == (2, 3) and found[0, 2] == -math.inf and found[1].isfinite().all()
+    for i, q in enumerate((few, many)):
+        alone = ask_sorted(model, processor, replace(haystack, questions=(q,)))[0][0]
+        torch.testing.assert_close(found[i, :len(q.choices)], alone)
 
 def test_ask_sorted_refuses(model, processor, haystack, tmp_path):
     with pytest.raises(ValueError, match="1 round"): ask_sorted(model, processor, haystack, rounds=0)

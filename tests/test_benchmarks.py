@@ -9,7 +9,8 @@ import pytest
 FOLDER = Path(__file__).parent.parent/"benchmarks"
 
 
-@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("inspector", "median ms"), ("gpu", "SFT + KL, dense logits")])
+@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("cache", "kept"), ("inspector", "median ms"),
+                                          ("gpu", "SFT + KL, dense logits")])
 def test_quick_run_prints_a_table_and_writes_nothing(name, column):
     results = FOLDER.parent/"data/results"
     before = {p: p.stat().st_mtime_ns for p in results.iterdir()}

@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from laid_nb import __version__, cli, demo, inspector, serve
-from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
@@ -45,10 +45,6 @@ def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
     if break_it: break_it(model)
     save_model(model, processor, folder)
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +204,7 @@ def test_spectra_are_those_of_the_captured_heads(pair, work):
 
 
 @pytest.fixture
-def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, sizes=(1, 2, 3)))
+def small_demo(monkeypatch): monkeypatch.setattr(demo, "QUICK", dict(questions=2, steps=1, pool=3, batch=2, longest=3, shown=4, sizes=(1, 2, 3)))
 
 
 def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch, capsys):
@@ -227,7 +223,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     ok(line)
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
-    assert all(f"[{i}/14]" in printed for i in range(1, 15)) and all(name in printed for name in demo.TRAININGS)
+    assert all(f"[{i}/15]" in printed for i in range(1, 16)) and all(name in printed for name in demo.TRAININGS)
     assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1

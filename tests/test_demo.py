@@ -26,5 +26,6 @@ def test_the_verdict_says_longer_only_where_intervals_are_apart():
     models |= {name: count(sizes, [198, 180, 110], [200]*3) for name in TRAININGS}
     models["SFT"] = models["student"]
     said = verdict(Results(models, "student")).splitlines()
-    assert "no difference shown" in said[1] and all("longer" in line for line in said[2:-1])
-    assert said[-1].startswith("Right at 50 images and more: teacher 98%, student 50%, SFT 50%")
+    assert len(said) == 1 + len(TRAININGS)
+    assert "not to be told from the student's" in said[1] and "50% right at 50 images and more (student 50%)" in said[1]
+    assert all("longer" in line and "55% right at 50 images and more (student 50%)" in line for line in said[2:])

@@ -19,8 +19,8 @@ from transformers import (
 )
 
 from laid_nb import evaluate as module
-from laid_nb.anchors import CHAT_TEMPLATE, build_processor
-from laid_nb.evaluate import _named, _read_answer, answer_ids, ask, evaluate, read_records
+from laid_nb.anchors import CHAT_TEMPLATE
+from laid_nb.evaluate import _named, answer_ids, ask, evaluate, read_answer, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
 from laid_nb.store import model_fingerprint
@@ -45,10 +45,6 @@ CLASSES = {
     "qwen3": (Qwen3VLForConditionalGeneration, Qwen3VLConfig),
     "llava": (LlavaForConditionalGeneration, LlavaConfig),
 }
-
-
-@pytest.fixture(scope="session")
-def processor(): return build_processor()
 
 
 def tiny(family, processor, attention="sdpa", seed=0):
@@ -226,9 +222,9 @@ def test_different_choices_in_one_haystack(model, processor):
 def test_whole_choices_are_different_answers(model, processor):
     "All answers of one word that begin with 'a', and the rest of them: probabilities that add up."
     vocabulary = len(processor.tokenizer)
-    tails = [module.question_ids(processor, module.question_text(processor, STACK, 0))]
+    tails = [module.question_ids(processor, STACK, 0)]
     with torch.no_grad():
-        prefix = module.read_prefix(model, processor, module.prompt_inputs(processor, STACK, 56))
+        prefix = module.read_prefix(model, module.prompt_inputs(processor, STACK, 56))
         a, end = answer_ids(processor.tokenizer, ("a", "<|im_end|>"))
         begins = module.continue_prefix(model, prefix, tails, 0, ())[0][0, a].exp()
         ended = module._score_whole(model, prefix, tails[0], [[a]], {end}).exp().sum()
@@ -289,14 +285,14 @@ def test_choices_that_an_answer_names(said, letters, texts):
 @pytest.mark.parametrize("said, compliant, correct", [
     ("B", True, True), ("C", True, False), ("B or C", True, False), ("the second", False, False)])
 def test_the_right_choice_and_no_other(said, compliant, correct):
-    assert _read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(LETTERED, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 @pytest.mark.parametrize("said, compliant, correct", [
     ("Yes.", True, True), ("yes, no doubt", True, True), ("NO", True, False), ("yesterday", False, False)])
 def test_the_rule_of_vhs_for_yes_and_no(said, compliant, correct):
     q = Question("dog", "cup", "single", True, (0,))
-    assert _read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
+    assert read_answer(q, said) == dict(response=said, compliant=compliant, correct=correct)
 
 
 # pictures seen before
@@ -475,3 +471,41 @@ def test_records_are_json(model, processor, tmp_path):
     run(model, processor, path=tmp_path/"a.jsonl")
     header, *rows = map(json.loads, (tmp_path/"a.jsonl").read_text().splitlines())
     assert header["laid_evaluation"] == 1 and len(rows) == 12
+
+
+# free answers, and yes and no as the toolkit reads them
+
+NLTK = {  # what NLTKWordTokenizer (nltk 3.9) finds in small letters: words among yes and no
+    "no-one": [], "yes/no": [], "**no**": ["no"], "*Yes*": ["yes"], "No.": ["no"], "'no'": ["no"], '"no"': ["no"],
+    "(no)": ["no"], "NO,": ["no"], "no!": ["no"], "cannot": [], "no: x": ["no"], "yes...": ["yes"],
+    "no--yes": ["no", "yes"], "_no_": [], "it's no": ["no"], "no's": ["no"], "n/a": [], "yes—no": ["no", "yes"],
+    "no:5": [], "a.no": [], "answer:no": ["no"], "<no>": ["no"], "#no": ["no"], "none": [], "yes.no": [], "non-yes": []}
+
+
+def test_yes_and_no_are_read_as_the_toolkit_reads_them():
+    for text, words in NLTK.items():
+        for answer in (True, False):
+            read = read_answer(Question("dog", "cup", "single", answer, (0,)), text)
+            assert read["compliant"] == bool(words) and read["correct"] == (("yes" if answer else "no") in words), text
+
+
+@pytest.mark.parametrize("answer, text, correct, exact", [
+    ("A red cup.", "the red cup", True, True), ("A red cup.", "I see a Red  cup, I think", True, False),
+    ("red", "It is colored", False, False), ("red", "", False, False), ("3", "3", True, True), ("3", "13", False, False),
+    ("红色", "它是红色的", True, False), ("!", "!", False, True)])
+def test_free_answers_are_matched_by_their_words(answer, text, correct, exact):
+    read = read_answer(Question("", "", "free", answer, (), "What?", ()), text)
+    assert (read["correct"], read["exact"], read["response"]) == (correct, exact, text)
+
+
+def test_free_questions_need_something_written(model, processor):
+    h = Haystack(picture_haystack(0, 2).images, (Question("", "", "free", "a cup", (), "What?", ()),
+                                                 picture_haystack(0, 2).questions[0]), "free")
+    with pytest.raises(ValueError, match="'free'.*--generate"): evaluate(model, processor, [h], progress=False)
+    free, other = evaluate(model, processor, [h], generate=True, progress=False)
+    assert free["correct"] == ("cup" in free["response"].split()) and free["mass"] == 0 and "exact" in free
+    alone = evaluate(model, processor, [replace(h, questions=h.questions[1:])], generate=True, progress=False)[0]
+    assert abs(alone["margin"] - other["margin"]) < 1e-5 and alone["response"] == other["response"]
+    placed = replace(h, questions=(replace(h.questions[0], wording="Is <image> like <image>?"),))
+    with pytest.raises(ValueError, match="between the words"):
+        evaluate(model, processor, [placed], generate=True, progress=False)

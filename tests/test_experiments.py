@@ -82,14 +82,14 @@ def test_smaller_haystacks_hold_the_needles_and_are_parts_of_larger_ones(read_st
 
 def test_row_weights_are_those_of_eager_attention(read_student):
     from asking import read, row_weights
-    from laid_nb.inputs import encode
+    from laid_nb.inputs import OURS, encode
     from laid_nb.store import load_model
     model, processor, haystack, prompt = read_student
     reading = read(model, processor, prompt, torch.arange(30), torch.arange(30)*prompt.step, 30*prompt.step)
     eager, _ = load_model("student")
     eager.set_attn_implementation("eager")
     for question in (0, 7):
-        inputs = {k: v for k, v in encode(processor, haystack, [question], answers=False).items() if k not in ("labels", "replies", "turn", "needles")}
+        inputs = {k: v for k, v in encode(processor, haystack, [question], answers=False).items() if k not in OURS}
         with torch.no_grad(): wanted = torch.stack(eager(**inputs, output_attentions=True).attentions)[:, 0, :, -1]  # [layers, heads, tokens], of the row that answers
         weights, _ = row_weights(reading, reading.last[question:question + 1])
         sees = (reading.turn < 0) | (reading.turn == question)
@@ -120,13 +120,13 @@ def test_needle_by_head_is_the_activation_of_a_prompt_with_one_question(read_stu
     import heads
     from asking import read
     from laid_nb.capture import capture
-    from laid_nb.inputs import encode, read_groups
+    from laid_nb.inputs import OURS, encode, read_groups
     from laid_nb.spectra import key_activation
     model, processor, haystack, prompt = read_student
     found = heads.on_needle(read(model, processor, prompt, torch.arange(30), torch.arange(30)*prompt.step, 30*prompt.step))
     sample = encode(processor, haystack, [4], answers=False)
     needle, rows = read_groups(model, sample) == haystack.questions[4].needles[0], sample["turn"] >= 0
-    with torch.no_grad(), capture(model) as cache: model(**{k: v for k, v in sample.items() if k not in ("labels", "replies", "turn", "needles")})
+    with torch.no_grad(), capture(model) as cache: model(**{k: v for k, v in sample.items() if k not in OURS})
     wanted = torch.cat([key_activation(cache["q", l], cache["k", l], needle, rows, scaling=cache.scaling[l]) for l in cache.layers])
     torch.testing.assert_close(found[0, ..., 4], wanted, atol=1e-4, rtol=1e-3)
 

@@ -132,6 +132,13 @@ def test_bad_choices(arguments, parts):
     with refused(ValueError, *parts): choice(**arguments)
 
 
+def test_a_free_question_is_answered_by_a_text():
+    free = choice("A dog runs.", choices=())
+    assert free.reply == "A dog runs." and row_haystack(haystack_dataset([Haystack((), (free,))])[0]).questions == (free,)
+    for answer in (None, True, " "):
+        with refused(ValueError, repr(answer), "not a text"): choice(answer, choices=())
+
+
 def test_yes_and_no_are_true_and_false():
     with refused(ValueError, "'yes'", "True (yes)"): Question("dog", "cup", "single", "yes", (0,))
 
@@ -284,15 +291,29 @@ def test_training_takes_sizes_in_turn():
 
 # fingerprints
 
-def test_fingerprints_are_those_from_before_there_were_choices():
+def test_fingerprints_of_drawn_haystacks_are_those_from_before_there_were_choices():
     "Records and read-outs are resumed by them."
     bare = picture_haystack(0, 2, 2)
     bare = replace(bare, questions=tuple(replace(q, answer=None) for q in bare.questions))
-    file = Haystack((Path("a/b.jpg"),), (Question("dog", "cup", "single", True, (0,), "Is there a cup with the dog?"),
-                                         Question("dog", "", "list", "a cup", (0,))), "x")
-    stacks = picture_haystack(0, 6, 5, split="test"), picture_haystack(3, 9, kind="multi"), bare, file
+    stacks = picture_haystack(0, 6, 5, split="test"), picture_haystack(3, 9, kind="multi"), bare
     assert [haystack_fingerprint(h) for h in stacks] == [
-        "5419ce72a8425daa", "82489de2c72d40de", "2a0397836c990877", "b7faa27a852dc969"]
+        "5419ce72a8425daa", "82489de2c72d40de", "2a0397836c990877"]
+
+
+def test_a_fingerprint_is_of_contents_not_of_names(tmp_path):
+    files = [tmp_path/name for name in ("a.png", "b/a.png", "c.png")]
+    (tmp_path/"b").mkdir()
+    for seed, file in zip((0, 1, 0), files): render(Scene(("dog",), seed)).save(file)
+    one, other, copy = (haystack_fingerprint(Haystack((file,), (choice(),))) for file in files)
+    assert one == copy != other
+    files[2].write_bytes(files[1].read_bytes())
+    assert haystack_fingerprint(Haystack((files[2],), (choice(),))) == other
+
+
+def test_a_system_turn_is_a_part_of_the_fingerprint_and_of_the_row():
+    plain, told = CHOSEN, replace(CHOSEN, system="Answer briefly.")
+    assert haystack_fingerprint(plain) != haystack_fingerprint(told)
+    assert [row_haystack(r) for r in haystack_dataset([plain, told])] == [plain, told]
 
 
 def test_a_fingerprint_depends_on_what_is_asked():

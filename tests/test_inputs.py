@@ -16,27 +16,23 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaProcessor,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
 )
 
 from laid_nb import inputs
-from laid_nb.anchors import CHAT_TEMPLATE, anchor_config, build_processor
+from laid_nb.anchors import CHAT_TEMPLATE
 from laid_nb.evaluate import ask
 from laid_nb.haystack import Haystack, Question, Scene, picture_haystack
 from laid_nb.inputs import (
     FAMILIES,
-    Family,
     HaystackCollator,
     SizeSampler,
     encode,
     family_of,
     image_features,
     image_inputs,
-    image_tokens,
     messages,
     n_images,
     pad,
@@ -50,40 +46,11 @@ from laid_nb.inputs import (
     read_groups,
     read_positions,
 )
+from laid_nb.simulate import image_groups
 
 STACK = picture_haystack(5, 5, 5, split="test")
 TEXT = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
             head_dim=8, initializer_range=.3, max_position_embeddings=4096, bos_token_id=None)
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
-
-
-@pytest.fixture(scope="module")
-def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def tiny(processor):
-    "tiny(name): a random Qwen2.5-VL of a few heads; the same weights for the same name."
-    def make(name):
-        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
-        config = anchor_config(name, processor.tokenizer).to_dict()
-        rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 4, 8])
-        config["text_config"] |= dict(hidden_size=32*heads, intermediate_size=64, num_hidden_layers=layers,
-                                      num_attention_heads=heads, num_key_value_heads=1, layer_types=None,
-                                      rope_parameters=rope)
-        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1,
-                                        out_hidden_size=32*heads, fullatt_block_indexes=[0])
-        torch.manual_seed(len(name))
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config)).eval()
-    return make
-
-
-@pytest.fixture(scope="module")
-def pool(processor, haystacks, tiny):
-    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"), progress=False)
 
 
 def text_of(processor, **more):
@@ -193,7 +160,7 @@ def test_a_text_answer_is_labelled(processor):
 
 def test_a_template_that_rewrites_turns_is_refused(processor):
     class Rewriting:
-        image_token_id, tokenizer = processor.image_token_id, processor.tokenizer
+        image_token, tokenizer, chat_template = processor.image_token, processor.tokenizer, processor.chat_template
         def __call__(self, *a, **k): return processor(*a, **k)
         def apply_chat_template(self, chat, **named): return f"{len(chat)} messages\n" + processor.apply_chat_template(chat, **named)
     with pytest.raises(ValueError, match="turn 0"): encode(Rewriting(), picture_haystack(0, 2), [0])
@@ -291,10 +258,10 @@ def test_positions_without_a_mask(processor, tiny, llava):
 def test_the_parts_of_a_prompt_are_the_whole(processor, tiny, llava, family):
     model, reads = llava if family == "llava" else (tiny("student"), processor)
     first = prompt_inputs(reads, STACK, 56)
-    length, positions = prefix_length(reads, first), read_positions(model, first)
+    length, positions = prefix_length(first), read_positions(model, first)
     assert first["input_ids"][0, length - 1] == reads.image_token_id
     for turn in range(5):
-        tail, full = question_ids(reads, question_text(reads, STACK, turn)), whole(reads, STACK, turn)
+        tail, full = question_ids(reads, STACK, turn), whole(reads, STACK, turn)
         assert first["input_ids"][0, :length].tolist() + tail == full["input_ids"][0].tolist()
         goes_on = positions[..., length:length + 1] + torch.arange(len(tail))
         assert torch.equal(torch.cat([positions[..., :length], goes_on], -1), read_positions(model, full))
@@ -303,13 +270,13 @@ def test_the_parts_of_a_prompt_are_the_whole(processor, tiny, llava, family):
 def test_a_prompt_before_the_question(processor):
     text = question_text(processor, STACK, 1, "Look closely. ")
     assert "Look closely. " + STACK.questions[1].text in text and text.count(processor.image_token) == 5
-    assert "Look closely" in processor.tokenizer.decode(question_ids(processor, text))
+    assert "Look closely" in processor.tokenizer.decode(question_ids(processor, STACK, 1, "Look closely. "))
 
 
 def test_a_prefix_is_read_by_pixels_and_by_features(processor, tiny, llava):
     for model, reads in ((tiny("student").double(), processor), llava):
         first, known = prompt_inputs(reads, STACK, 56), precompute_prompts(model, reads, [STACK], progress=False)
-        length = prefix_length(reads, first)
+        length = prefix_length(first)
         with torch.no_grad():
             plain = model(**whole(reads, STACK, 3)).logits[:, :length]
             for prompt in (first, known[STACK.id]):
@@ -319,10 +286,10 @@ def test_a_prefix_is_read_by_pixels_and_by_features(processor, tiny, llava):
                 torch.testing.assert_close(model(**read, position_ids=positions).logits, plain)
 
 
-def test_a_question_that_is_joined_with_the_images_is_refused(processor, monkeypatch):
-    monkeypatch.setattr(inputs, "question_ids", lambda processor, text: [0, 1])
-    with pytest.raises(ValueError, match="does not separate the question from the images"):
-        prompt_inputs(processor, STACK, 56)
+def test_a_question_that_is_joined_with_the_images_shares_no_prefix(processor, monkeypatch):
+    monkeypatch.setattr(inputs, "question_ids", lambda *_: [0, 1])
+    with pytest.raises(ValueError, match="not told apart by its tokenizer: only whole prompts can be read"):
+        prefix_length(prompt_inputs(processor, STACK, 56))
 
 
 # --- families -----------------------------------------------------------------
@@ -340,14 +307,13 @@ def test_families_of_models_and_processors(processor, tiny, llava):
     class Mine(type(processor)): pass
     assert family_of(tiny("student")) is family_of(processor) is FAMILIES["qwen2_5_vl"]
     assert family_of(Mine.__new__(Mine)) is FAMILIES["qwen2_5_vl"]
-    assert family_of(llava[0]) is family_of(llava[1]) is inputs.OTHER
+    assert family_of(llava[0]) is family_of(llava[1]) is FAMILIES["llava"]
 
 
 def test_a_row_and_shapes_say_the_same(haystacks, processor):
-    samples = [encode(processor, h, [0, 1]) for h in haystacks[:3]]
-    by_row, by_shape = (pad(samples, 7, row) for row in (FAMILIES["qwen2_5_vl"], inputs.OTHER))
-    assert by_row.keys() == by_shape.keys()
-    for name in by_row.keys() - {"needles"}: assert torch.equal(by_row[name], by_shape[name])
+    for sample in (encode(processor, h, [0, 1]) for h in haystacks[:3]):
+        by_row, by_shape = (inputs.token_fields(sample, row) for row in (FAMILIES["qwen2_5_vl"], inputs.OTHER))
+        assert set(by_row) == set(by_shape) and by_row[0] == by_shape[0] == "input_ids"
 
 
 def test_a_field_that_no_row_names_is_refused(processor, monkeypatch):
@@ -359,37 +325,38 @@ def test_a_field_that_no_row_names_is_refused(processor, monkeypatch):
 
 def test_what_belongs_to_a_sample_is_stacked_and_filled_up():
     "Blocks of images as SmolVLM's processor makes them, beside tokens with more dimensions as Mllama's makes them."
-    row = Family(tokens=("attention_mask", "cross_attention_mask"), images=(), samples=("pixel_values",))
     def sample(tokens, images):
         ones = torch.ones(1, tokens)
         return dict(input_ids=ones.long(), attention_mask=ones, cross_attention_mask=torch.ones(1, tokens, images, 4),
                     pixel_values=torch.ones(1, images, 3, 8, 8), needles=[[0]])
-    batch = pad([sample(5, 2), sample(3, 4)], 9, row)
+    batch = pad([sample(5, 2), sample(3, 4)], 9)
     assert batch["pixel_values"].shape == (2, 4, 3, 8, 8) and batch["pixel_values"][0, 2:].eq(0).all()
     assert batch["cross_attention_mask"].shape == (2, 5, 4, 4) and batch["cross_attention_mask"][1, 3:].eq(0).all()
     assert batch["input_ids"].tolist() == [[1]*5, [1]*3 + [9]*2] and batch["attention_mask"][1].tolist() == [1]*3 + [0]*2
 
 
-def test_images_that_a_config_does_not_name_cannot_be_told_apart(llava, tiny, processor):
-    with pytest.raises(ValueError, match="LlavaForConditionalGeneration names no image, vision_start and vision_end"):
-        image_tokens(llava[0])
+def test_which_image_a_token_belongs_to_is_found(llava, internvl, tiny, processor):
+    "Delimiters included, whoever writes them and whatever a config calls them."
     batch = HaystackCollator(processor)([STACK])
-    assert read_groups(tiny("student"), batch).max() == 4
+    c = tiny("student").config
+    by_hand = image_groups(batch["input_ids"], c.image_token_id, c.vision_start_token_id, c.vision_end_token_id)
+    assert torch.equal(read_groups(tiny("student"), batch), by_hand) and by_hand.max() == 4
+    for model, reads in (llava, internvl):
+        sample = encode(reads, STACK, [0])
+        for i in range(5):
+            own = sample["input_ids"][sample["image"] == i].tolist()
+            assert reads.tokenizer.decode(own) == "<|vision_start|>" + "<|image_pad|>"*4 + "<|vision_end|>"
 
 
-def test_a_new_family_is_a_row(internvl, monkeypatch):
-    "Without a row it is refused, where the end of the last image would be dropped; with one it is exact."
+def test_a_family_without_a_row_is_exact_too(internvl):
+    "The end of the last image, which this processor writes itself, is not dropped."
     model, reads = internvl
-    with pytest.raises(ValueError, match="does not separate the question from the images"): ask(model, reads, STACK)
-    row = Family(processor="InternVLProcessor", tokens=("attention_mask",), images=("pixel_values",),
-                 features=("pixel_values",), start=None, end=None, closing=1)
-    monkeypatch.setitem(FAMILIES, "internvl", row)
     alone = asked_alone(model, reads, STACK)
     assert (alone - alone[0]).abs().max() > 1e-3  # the questions matter, or nothing is shown
     known = precompute_prompts(model, reads, [STACK], progress=False)[STACK.id]
     for features in (None, known):
         torch.testing.assert_close(ask(model, reads, STACK, features=features)[0], alone, atol=1e-10, rtol=0)
-    sample = encode(reads, STACK, [0, 1])
-    assert (sample["turn"] >= 0).int().argmax() == prefix_length(reads, sample)
+    sample, prompt = encode(reads, STACK, [0, 1]), prompt_inputs(reads, STACK, 56)
+    assert (sample["turn"] >= 0).int().argmax() == prefix_length(prompt)
     batch = HaystackCollator(reads)([STACK, picture_haystack(1, 2, 2)])
     assert batch["pixel_values"].shape == (7, 3, 56, 56) and batch["attention_mask"].shape == batch["turn"].shape

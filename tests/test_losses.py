@@ -361,7 +361,7 @@ def test_fourier_loss_refuses(change, message):
     with pytest.raises(ValueError, match=message): fourier_loss(**{**dict(zip(("student_q", "student_k", "target_q", "target_k"), pair())), "mask": padded(), **change})
 
 
-def attention_by_rows(sq, sk, tq, tk, mask, scalings, positions=None, beta=0.0, gamma=1.0, bias=None):
+def attention_by_rows(sq, sk, tq, tk, mask, scalings, positions=None, beta=0.0, gamma=1.0, bias=None, target_bias=None):
     "The definition row by row, float64 with autograd."
     sk, tk, rows = repeat_kv(sk, sq.shape[1]).double(), repeat_kv(tk, sq.shape[1]).double(), []
     for b in range(len(sq)):
@@ -371,8 +371,8 @@ def attention_by_rows(sq, sk, tq, tk, mask, scalings, positions=None, beta=0.0, 
         for m in real:
             seen = [n for n in real if n <= m]
             omega = torch.tensor([1 + beta * ((where[m] - where[n]).abs().max().item() / far) ** gamma for n in seen], dtype=torch.float64)
-            extra = 0 if bias is None else bias[1][b, seen].double() @ bias[0][b, m].double()
-            s, t = ((k[b][:, seen] @ q[b, :, m, :, None].double())[..., 0] * c + extra for q, k, c in ((sq, sk, scalings[0]), (tq, tk, scalings[1])))
+            extra = [0 if f is None else f[1][b, seen].double() @ f[0][b, m].double() for f in (bias, target_bias or bias)]
+            s, t = ((k[b][:, seen] @ q[b, :, m, :, None].double())[..., 0] * c + x for q, k, c, x in ((sq, sk, scalings[0], extra[0]), (tq, tk, scalings[1], extra[1])))
             s, t = s.log_softmax(-1), t.log_softmax(-1)
             rows.append((omega * (t.exp() * (t - s) - t.exp() + s.exp())).sum(-1))
     return torch.stack(rows).mean()
@@ -385,10 +385,11 @@ def sharp(tied=False, dtype=torch.float32, kv=2):
 
 MROPE = torch.stack([torch.arange(13) // 5 * 3, torch.arange(13) // 5 * 3 + torch.arange(13) % 5 // 2, torch.arange(13) // 5 * 3 + torch.arange(13) % 2])[:, None].expand(3, 2, 13)
 BIAS = normal(2, 13, 3, seed=9).abs(), F.one_hot(torch.arange(13) // 5, 3).expand(2, -1, -1)
+THIN = -2 * normal(2, 13, 3, seed=8).abs(), BIAS[1]
 
 
 @pytest.mark.parametrize("how", [dict(), dict(beta=3.0), dict(beta=2.0, gamma=0.5), dict(beta=2.0, gamma=3.0, positions=MROPE), dict(beta=1.0, positions=MROPE[2]), dict(bias=BIAS),
-                                 dict(beta=3.0, positions=MROPE, bias=BIAS)], ids=lambda how: " ".join(how) or "KL")
+                                 dict(beta=3.0, positions=MROPE, bias=BIAS), dict(target_bias=THIN), dict(beta=2.0, bias=BIAS, target_bias=THIN)], ids=lambda how: " ".join(how) or "KL")
 @pytest.mark.parametrize("tied, kv", [(False, 2), (True, 2), (False, 4), (True, 1)])
 def test_attention_match_against_rows_in_float64(tied, kv, how):
     x, mask = sharp(tied, kv=kv), padded()

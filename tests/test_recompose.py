@@ -5,42 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import Haystack, Question, haystack_dataset, picture_haystack, row_haystack
 from laid_nb.inputs import HaystackCollator, precompute
 from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, unlabelled
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
-
-
-@pytest.fixture(scope="module")
-def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def tiny(processor):
-    "tiny(name): a random model of a few heads; the same weights for the same name."
-    def make(name):
-        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
-        config = anchor_config(name, processor.tokenizer).to_dict()
-        rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 4, 8])
-        config["text_config"] |= dict(hidden_size=32*heads, intermediate_size=64, num_hidden_layers=layers,
-                                      num_attention_heads=heads, num_key_value_heads=1, layer_types=None,
-                                      rope_parameters=rope)
-        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1,
-                                        out_hidden_size=32*heads, fullatt_block_indexes=[0])
-        torch.manual_seed(len(name))
-        return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**config))
-    return make
-
-
-@pytest.fixture(scope="module")
-def pool(processor, haystacks, tiny):
-    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"), progress=False)
 
 
 def test_unlabelled_keeps_all_but_the_answer():

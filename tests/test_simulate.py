@@ -13,6 +13,7 @@ from laid_nb.simulate import (
     image_groups,
     multiplicity_bias,
     multiplicity_factors,
+    thinned_factors,
 )
 
 START, END, IMAGE, PAD = 1, 2, 3, 0
@@ -399,3 +400,35 @@ def test_settings_refused(settings, message):
 def test_progress_outside_training_refused():
     with pytest.raises(ValueError, match="progress"):
         WindowSimulation(10).limits(1.2)
+
+
+# --- thinned --------------------------------------------------------------------
+def test_a_thinned_question_sees_only_the_images_it_asks_about(model):
+    "log c far below 0 is a mask that hides the others from the rows of the question, and from these rows alone."
+    ids = torch.tensor([prompt([(1, 2), (2, 2), (1, 1)])])
+    groups = image_groups(ids, IMAGE, START, END)
+    turn = torch.where(torch.arange(ids.shape[1]) >= ids.shape[1] - 6, 0, -1)[None]
+    asked = asked_rows(turn, [[[1]]], groups)
+    rows, keys = thinned_factors(groups, asked, turn, -80., torch.float64)
+    n, low = ids.shape[1], torch.finfo(torch.float32).min
+    causal = torch.full((n, n), -torch.inf).triu(1)
+    sees_not = (turn[0] >= 0)[:, None] & (groups[0] >= 0) & (groups[0] != 1)
+    text = model.model.language_model.float()
+    embeds = torch.randn(1, n, 64, generator=rng(3))
+    how = dict(inputs_embeds=embeds, position_ids=torch.arange(n).expand(3, 1, n))
+    with torch.no_grad():
+        thin, hidden, plain = (text(attention_mask=mask[None, None].clamp(min=low).float(), **how).last_hidden_state
+                               for mask in (causal + (rows @ keys.mT)[0], causal.masked_fill(sees_not, -torch.inf), causal))
+    torch.testing.assert_close(thin, hidden, rtol=1e-5, atol=1e-5)
+    assert torch.equal(thin[:, :-6], plain[:, :-6]) and not torch.allclose(thin[:, -6:], plain[:, -6:], atol=1e-3)
+
+
+def test_thinned_factors_refuse_what_does_not_fit():
+    groups = torch.tensor([[0, 0, 1, -1]])
+    with pytest.raises(ValueError, match="asked has shape"):
+        thinned_factors(groups, torch.zeros(1, 4, 3, dtype=torch.bool), torch.tensor([[-1, -1, -1, 0]]), -3.)
+
+
+@pytest.mark.parametrize("thin", [.1, -math.inf, math.nan])
+def test_thin_is_the_logarithm_of_a_count_below_one(thin):
+    with pytest.raises(ValueError, match="thin is the logarithm"): WindowSimulation(thin=thin)

@@ -1,16 +1,28 @@
 """What is kept on disk: whole files or none, and what tells models apart."""
 import json
+import shutil
 
 import pytest
 import torch
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    Gemma3Config,
+    LlamaConfig,
+    Qwen3VLConfig,
+)
 
 from laid_nb.store import (
+    EMBEDDED,
+    _older_names,
     atomic_write,
+    data_path,
     load_model,
     model_fingerprint,
     model_path,
     read_json,
     remove_on_failure,
+    save_model,
     slug,
     tower_fingerprint,
     write_json,
@@ -73,3 +85,103 @@ def test_a_fingerprint_sees_weights_and_template():
     assert model_fingerprint(b, processor) != before and tower_fingerprint(a) == tower_fingerprint(b)
     processor.chat_template += " "
     assert model_fingerprint(a, processor) != before
+
+
+# ---------------------------------------------------------------- checkpoints that others read
+
+BESIDE = ("generation_config.json", "chat_template.jinja", "preprocessor_config.json", "video_preprocessor_config.json",
+          "processor_config.json", "tokenizer.json", "tokenizer_config.json")
+MROPE = {"mrope_section": [8, 12, 12], "rope_type": "default"}
+
+
+def json_of(folder, name="config.json"): return json.loads((folder/name).read_text())
+
+
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_what_ships_has_the_names_of_transformers_4(name):
+    "As 4.57 reads them: Qwen2_5_VLTextConfig takes rope_theta and rope_scaling, a tokenizer no list of special tokens."
+    config, tokenizer = json_of(data_path("anchors", name)), json_of(data_path("anchors", name), "tokenizer_config.json")
+    text = config["text_config"]
+    assert text["rope_theta"] == text["rope_parameters"]["rope_theta"] == 1e6 and text["rope_scaling"] == MROPE
+    assert "rope_theta" not in config["vision_config"]  # a kind of RoPE that 4.57 has no name for
+    assert "extra_special_tokens" not in tokenizer and tokenizer["tokenizer_class"] == "PreTrainedTokenizerFast"
+    both = json_of(data_path("anchors", name), "processor_config.json")
+    for part, file in (("image_processor", "preprocessor"), ("video_processor", "video_preprocessor")):
+        assert json_of(data_path("anchors", name), f"{file}_config.json") == both[part] | {"processor_class": "Qwen2_5_VLProcessor"}
+
+
+@pytest.fixture
+def hub(work):
+    "A folder as people have it: written by transformers 4, with settings that transformers 5 would not write so."
+    shutil.copytree(data_path("anchors", "student"), work/"hub")
+    config = json_of(work/"hub")
+    text, vision = config["text_config"], config["vision_config"]
+    del text["rope_parameters"], vision["rope_parameters"], config["dtype"]
+    text["rope_scaling"] = {"type": "mrope", "mrope_section": [8, 12, 12]}
+    (work/"hub/config.json").write_text(json.dumps(config | {"torch_dtype": "float32", "transformers_version": "4.49.0"}))
+    eos = {"eos_token_id": [589, 587], "pad_token_id": 587, "repetition_penalty": 1.05, "temperature": 1e-6, "do_sample": True}
+    (work/"hub/generation_config.json").write_text(json.dumps(eos, indent=4))
+    (work/"hub/processor_config.json").unlink()
+    preprocessor = json_of(work/"hub", "preprocessor_config.json") | {"min_pixels": 3136}
+    (work/"hub/preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return work/"hub"
+
+
+def test_a_saved_student_has_the_files_of_its_base_byte_for_byte(hub, work):
+    model, processor = load_model("hub")
+    processor(text=["a", "a cup"], padding=True, truncation=True, max_length=8)  # leaves a trace in tokenizer.json
+    with torch.no_grad(): model.lm_head.weight.mul_(2)
+    save_model(model, processor, "saved")
+    assert {p.name for p in (work/"saved").iterdir()} == {p.name for p in hub.iterdir()}
+    for name in BESIDE:
+        assert not (hub/name).exists() or (work/"saved"/name).read_bytes() == (hub/name).read_bytes(), name
+    assert (work/"saved/config.json").read_bytes() == (hub/"config.json").read_bytes()
+    again, same = load_model("saved")
+    assert torch.equal(again.lm_head.weight, model.lm_head.weight) and same.chat_template == processor.chat_template
+
+
+def test_what_was_changed_is_written(hub, work):
+    model, processor = load_model("hub", torch.bfloat16)
+    model.generation_config.repetition_penalty, processor.chat_template = 1.1, processor.chat_template + "{# ours #}"
+    model.config.text_config.rope_parameters |= {"rope_type": "yarn", "factor": 4., "original_max_position_embeddings": 32768}
+    save_model(model, processor, "saved")
+    again, same = load_model("saved")
+    assert same.chat_template.endswith("{# ours #}") and again.generation_config.repetition_penalty == 1.1 and again.dtype == torch.bfloat16
+    text = json_of(work/"saved")["text_config"]
+    assert text["rope_scaling"]["rope_type"] == "yarn" and text["rope_scaling"]["factor"] == 4. and text["rope_theta"] == 1e6
+    assert again.config.text_config.rope_parameters == model.config.text_config.rope_parameters
+
+
+def test_another_type_of_the_weights_is_all_that_changes_in_a_config(hub, work):
+    model, processor = load_model("hub", torch.bfloat16)
+    save_model(model, processor, "saved")
+    assert json_of(work/"saved") == json_of(hub) | {"torch_dtype": "bfloat16"}
+
+
+def test_the_checkpoint_of_a_model_without_a_base_has_both_names(work):
+    model, processor = load_model("student")
+    model.config._name_or_path = processor.tokenizer.name_or_path = ""
+    processor.tokenizer.add_special_tokens({"extra_special_tokens": ["<|seen|>"]})
+    save_model(model, processor, "saved")
+    tokenizer = json_of(work/"saved", "tokenizer_config.json")
+    assert tokenizer["additional_special_tokens"] == ["<|seen|>"] and "extra_special_tokens" not in tokenizer
+    assert json_of(work/"saved")["text_config"]["rope_scaling"] == MROPE and (work/"saved/preprocessor_config.json").exists()
+    again = AutoProcessor.from_pretrained("saved")
+    assert again.tokenizer.extra_special_tokens == ["<|seen|>"]
+    assert again.tokenizer("a <|seen|> cup").input_ids == processor.tokenizer("a <|seen|> cup").input_ids
+
+
+@pytest.mark.parametrize("config", [
+    LlamaConfig(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8., "low_freq_factor": 1., "high_freq_factor": 4.,
+                                 "original_max_position_embeddings": 8192}),
+    Gemma3Config(), Qwen3VLConfig()], ids=lambda c: c.model_type)
+def test_older_names_do_not_change_what_transformers_5_reads(config, work):
+    config.save_pretrained("new")
+    both = _older_names(json_of(work/"new"))
+    text = both.get("text_config", both)
+    rope = text["rope_parameters"]
+    assert text["rope_theta"] == rope.get("full_attention", rope)["rope_theta"] and "rope_scaling" in text
+    (work/"both").mkdir()
+    (work/"both/config.json").write_text(json.dumps(both))
+    read = [AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""} for folder in ("both", "new")]
+    assert read[0] == read[1]

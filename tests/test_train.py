@@ -13,57 +13,24 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     HfArgumentParser,
-    Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
-    Qwen2VLConfig,
     Qwen2VLForConditionalGeneration,
     TrainerCallback,
 )
 
 from laid_nb import align, losses
 from laid_nb.align import needle_pair, needle_scores
-from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.capture import capture
-from laid_nb.haystack import picture_haystack
-from laid_nb.inputs import OURS, HaystackCollator, image_inputs, precompute, read_groups, read_positions
+from laid_nb.haystack import haystack_dataset, picture_haystack
+from laid_nb.inputs import OURS, HaystackCollator, image_inputs, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
-from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merged
+from laid_nb.parts import GainPart, MixingPart, StreamPart, _add_lora, _lora_state, _merge_lora
+from laid_nb.pictures import BadPicture
 from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
+from laid_nb.store import load_model, save_model
 from laid_nb.train import LaidConfig, LaidTrainer, step_generator
-
-
-@pytest.fixture(scope="module")
-def processor(): return build_processor()
-
-
-@pytest.fixture(scope="module")
-def haystacks(): return [picture_haystack(i, n_images=2 + i % 3, n_questions=3) for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def tiny(processor):
-    "tiny(name): a random model of a few heads; the same weights for the same name."
-    def make(name, family=Qwen2_5_VLForConditionalGeneration, head_dim=32, theta=1e6, **top):
-        layers, heads = {"student": (2, 2), "teacher": (3, 3)}[name]
-        config = anchor_config(name, processor.tokenizer).to_dict() | top
-        config["text_config"] |= dict(hidden_size=head_dim*heads, intermediate_size=64, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=1, layer_types=None)
-        config["text_config"]["rope_parameters"] = dict(rope_type="default", rope_theta=theta, mrope_section=[head_dim//8, head_dim//8, head_dim//4])
-        config["vision_config"] |= dict(depth=1, hidden_size=32, intermediate_size=64, num_heads=1, out_hidden_size=head_dim*heads, fullatt_block_indexes=[0])
-        if family is Qwen2VLForConditionalGeneration:
-            vision = dict(depth=1, embed_dim=32, hidden_size=head_dim*heads, num_heads=1, mlp_ratio=2)
-            config = Qwen2VLConfig(**{k: v for k, v in config.items() if k not in ("model_type", "vision_config", "text_config")}, vision_config=vision,
-                                   text_config={k: v for k, v in config["text_config"].items() if k != "model_type"})
-        else: config = Qwen2_5_VLConfig(**config)
-        torch.manual_seed(len(name))
-        return family(config)
-    return make
-
-
-@pytest.fixture(scope="module")
-def pool(processor, haystacks, tiny):
-    return precompute(haystacks, HaystackCollator(processor), tiny("student"), tiny("teacher"))
 
 
 @pytest.fixture
@@ -72,7 +39,7 @@ def trainer(processor, tiny, pool, haystacks, tmp_path):
     def make(student=None, teacher=None, data=None, folder=None, teacher_processing_class=None, eval_dataset=None, **settings):
         quiet = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=1,
                      learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=2)
-        simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp") if k in settings})
+        simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp", "thin") if k in settings})
         data = pool if data is None else haystacks if data == "pixels" else data
         return LaidTrainer(student or tiny("student"), LaidConfig(str(folder or tmp_path/"run"), **quiet | settings), data, processor,
                            teacher or tiny("teacher"), teacher_processing_class, simulation, eval_dataset=eval_dataset)
@@ -132,7 +99,7 @@ def test_loss_is_equation_8(trainer, processor, haystacks, tiny):
     batch = HaystackCollator(processor)(haystacks[:3])
     with made.captured(): loss = made.compute_loss(student, batch)
     terms = direct_terms(student, teacher, batch, mixing_of(made)["1-2"])
-    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
+    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"].double(), term.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), .7*terms["sft"] + .3*terms["kl"] + .2*terms["laid"], rtol=1e-5, atol=0)
 
 
@@ -147,9 +114,9 @@ def test_plus_adds_each_term_with_its_weight(trainer, processor, haystacks, tiny
         (s, t), mask = made.caches, batch["attention_mask"]
         heads = s["q", 1], s["k", 1], *mix(t["q", 2], t["k", 2])
         terms = direct_terms(student, teacher, batch, mix)
-    terms["fourier"] = fourier_loss(*heads, mask, spec=rope_spec(student))
+    terms["fourier"] = sum(fourier_loss(*(x[b:b + 1] for x in (*heads, mask)), spec=rope_spec(student)) for b in range(3))/3  # each sample alone
     terms["attention"] = attention_match_loss(*heads, mask, positions=read_positions(student, batch), beta=3.)
-    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"][0].double(), term.detach(), rtol=1e-5, atol=0)
+    for name, term in terms.items(): torch.testing.assert_close(made.sums[f"loss_{name}"].double(), term.detach(), rtol=1e-5, atol=0)
     torch.testing.assert_close(loss.double(), sum(w*terms[name] for name, w in dict(sft=.7, kl=.3, laid=.3, fourier=.2, attention=.4).items()), rtol=1e-5, atol=0)
 
 
@@ -342,11 +309,23 @@ def test_resume_with_another_form(trainer, tmp_path):
     with pytest.raises(ValueError, match="another form"): trainer(folder=tmp_path/"b", layers="best", form="band").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
 
 
-def test_attention_that_cannot_be_matched(trainer, tiny):
-    student = tiny("student")
-    student.config.text_config.layer_types = ["full_attention", "sliding_attention"]
-    with pytest.raises(ValueError, match=r"student layer 1 \(sliding_attention\) does not attend"): trainer(student, method="laid+")
-    trainer(student, method="laid+", lambda_attention=0.), trainer(student, method="laid+", layers="0:0")
+def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
+    config = tiny("student").config
+    config.text_config.update(dict(use_sliding_window=True, sliding_window=64, layer_types=["full_attention", "sliding_attention"]))
+    student = Qwen2_5_VLForConditionalGeneration(config).eval()
+    tokens = max(HaystackCollator(processor)([h])["input_ids"].shape[1] for h in haystacks)
+    assert tokens > 64
+    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, method="laid+").train()
+    trainer(student, method="laid+", lambda_attention=0.).train(), trainer(student, method="laid+", layers="0:0").train()
+    config.text_config.sliding_window = tokens
+    trainer(Qwen2_5_VLForConditionalGeneration(config), method="laid+").train()  # up to its window a layer attends to all
+
+
+def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
+    made = trainer(tiny("student"), method="laid+")
+    made.part(MixingPart).reach = 64
+    with pytest.raises(ValueError, match="layers 1-2 attend to all tokens only up to 64"): made.part(MixingPart).check_length(torch.ones(1, 65, dtype=torch.long))
+    made.part(MixingPart).check_length(torch.cat([torch.ones(1, 64, dtype=torch.long), torch.zeros(1, 9, dtype=torch.long)], 1))
 
 
 def test_resume_that_drops_the_gain(trainer, tmp_path):
@@ -495,10 +474,9 @@ def test_lora_is_what_its_formula_says(tiny):
     name, layer = next(iter(adapters.items()))
     x, W, A, B = torch.randn(5, 64).double(), layer.base_layer.weight, layer.lora_A["default"].weight, layer.lora_B["default"].weight
     torch.testing.assert_close(layer(x), x @ (W + 2*B @ A).T + layer.base_layer.bias)
-    with _merged(model, adapters):
-        torch.testing.assert_close(model.get_submodule(name)(x), layer.base_layer(x))
-        assert type(model.get_submodule(name)) is torch.nn.Linear
-    assert model.get_submodule(name) is layer
+    merged, bias = _merge_lora(model.state_dict(), adapters), layer.base_layer.bias
+    torch.testing.assert_close(torch.nn.functional.linear(x, merged[f"{name}.weight"], bias), layer(x))
+    assert merged.keys() == tiny("student").state_dict().keys() and layer.base_layer.weight is W
 
 
 def test_lora_of_a_bf16_student_learns_in_float32(trainer, tiny):
@@ -534,7 +512,6 @@ def test_lora_resume_is_refused(trainer, tiny, tmp_path):
 
 
 def test_lora_is_refused(trainer):
-    with pytest.raises(ValueError, match="would not reach the adapters"): LaidConfig(use_cpu=True, method="laid+", lora_rank=8)
     with pytest.raises(ValueError, match="lora_rank is -1"): LaidConfig(use_cpu=True, lora_rank=-1)
     with pytest.raises(ValueError, match="LoRA finds nothing to adapt"): _add_lora(GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=1, n_embd=8, vocab_size=50)), 2)
     made = trainer(method="sft", lora_rank=2)
@@ -627,6 +604,38 @@ def test_evaluation_reads_without_simulation(trainer, pool):
     assert made.evaluate()["eval_loss"] == plain.evaluate()["eval_loss"]
 
 
+def test_only_the_teacher_reads_thinned(trainer, pool):
+    "Its logits are those of a mask in which the log of the count stands; the student's are as without."
+    made, plain = trainer(method="kd", thin=-3., max_multiplicity=8., ramp=0.), trainer(method="kd", max_multiplicity=8., ramp=0.)
+    batch = made._prepare_inputs(made.data_collator([pool[0], pool[3]]))
+    found = []
+    for each in (made, plain):
+        each.model.eval()  # no window simulation
+        with torch.no_grad(), each.captured(): found.append(each.evidence(each.model, batch)[0])
+    torch.testing.assert_close(found[0].logits, found[1].logits)
+    assert found[0].bias is None and not torch.allclose(found[0].teacher_logits, found[1].teacher_logits, atol=1e-4)
+    groups, n = read_groups(made.teacher, batch), batch["input_ids"].shape[1]
+    mask = torch.full((len(groups), n, n), -torch.inf).triu(1)
+    for b in range(len(groups)):
+        for m in range(n):
+            turn = int(batch["turn"][b, m])
+            for g in range(int(groups[b].max()) + 1) if turn >= 0 else ():
+                if g not in batch["needles"][b][turn]: mask[b, m, groups[b] == g] -= 3
+    mask = mask.masked_fill((batch["attention_mask"] == 0)[:, None], -torch.inf)[:, None].clamp(min=torch.finfo(torch.float32).min)
+    read = image_inputs(made.teacher, batch, "teacher") | dict(attention_mask=mask)
+    with torch.no_grad(): logits = made.teacher(**read, position_ids=read_positions(made.teacher, batch)).logits
+    rows = torch.nn.functional.pad(batch["replies"][:, 1:], (0, 1))
+    torch.testing.assert_close(found[0].teacher_logits, logits[rows], rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_can_be_its_own_frozen_anchor(trainer, tiny):
+    made = trainer(teacher=tiny("student"), data="pixels", method="kd", thin=-3., max_multiplicity=8., alpha=1., recompose=1.)
+    before = copy.deepcopy(made.teacher.state_dict())
+    made.train()
+    assert all(torch.equal(w, before[k]) for k, w in made.teacher.state_dict().items())
+    assert not same(made.model, made.teacher)
+
+
 # --- settings -----------------------------------------------------------------
 def test_defaults_are_the_papers():
     c = LaidConfig(use_cpu=True)
@@ -683,6 +692,14 @@ def test_unequal_tokenizers(trainer, processor):
     from tokenizers import Tokenizer
     other.tokenizer = type(processor.tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
     with pytest.raises(ValueError, match="tokenizers differ at id 300"): trainer(teacher_processing_class=other)
+
+
+@pytest.mark.parametrize("settings", [dict(image_mean=[.5]*3), dict(rescale_factor=1/127.5), dict(patch_size=16)], ids=str)
+def test_a_teacher_that_reads_otherwise_is_refused(trainer, processor, settings):
+    other = copy.deepcopy(processor)
+    for name, value in settings.items(): setattr(other.image_processor, name, value)
+    with pytest.raises(ValueError, match=f"do not read the same: image_processor.{next(iter(settings))} is"): trainer(teacher_processing_class=other)
+    trainer(teacher_processing_class=copy.deepcopy(processor))
 
 
 def test_unequal_image_tokens(trainer, tiny):
@@ -765,3 +782,123 @@ def test_biases_alone_are_refused_beside_adapters_and_asked_for_on_resume(traine
     trainer(folder=tmp_path/"a", method="sft", biases_only=True, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="go on with biases_only=True"):
         trainer(folder=tmp_path/"b", method="sft", max_steps=2).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+
+
+def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor, haystacks, tmp_path):
+    "Generation config, chat template, processor and config as they lay there, though Trainer aligns special tokens when it trains."
+    base, tokens = tmp_path/"base", {"eos_token_id": [589, 588], "pad_token_id": 588, "do_sample": True, "temperature": 1e-6}
+    save_model(tiny("student"), processor, base)
+    (base/"generation_config.json").write_text(json.dumps(tokens))
+    config = json.loads((base/"config.json").read_text())
+    config["text_config"] |= {"pad_token_id": None, "eos_token_id": 588}
+    (base/"config.json").write_text(json.dumps(config))
+    student, own = load_model(str(base))
+    made = LaidTrainer(student, LaidConfig(str(tmp_path/"run"), method="sft", max_steps=1, save_strategy="steps", save_steps=1, use_cpu=True, disable_tqdm=True, report_to="none",
+                                           per_device_train_batch_size=2, gradient_accumulation_steps=1, warmup_steps=0, learning_rate=1e-3), haystacks[:2], own)
+    made.train()
+    save_model(student, own, tmp_path/"saved")
+    for folder in (tmp_path/"run/checkpoint-1", tmp_path/"saved"):
+        for path in base.glob("*.j*"):
+            assert (folder/path.name).read_bytes() == path.read_bytes(), path.name
+        assert not torch.equal(load_model(str(folder))[0].lm_head.weight, load_model(str(base))[0].lm_head.weight)
+
+
+# streams
+
+def test_a_stream_trains_as_the_list_in_its_order(trainer, tiny, haystacks):
+    "Haystacks, rows and a generator, against a list of which every batch is given by hand."
+    made, source = [], haystacks[:4]
+    rows = haystack_dataset(source).to_iterable_dataset()
+    for data in (iter(source), rows, StreamOf(source)):
+        student = tiny("student")
+        run = trainer(student=student, data=data, method="kd", max_steps=2)
+        run.train()
+        made.append(student)
+    student = tiny("student")
+    by_hand = trainer(student=student, data=source, method="kd", max_steps=2)
+    by_hand._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(source)
+    by_hand.train()
+    assert all(same(other, student) for other in made) and not same(student, tiny("student"))
+
+
+class StreamOf(torch.utils.data.IterableDataset):
+    "A stream that can begin again."
+    def __init__(self, items): self.items = items
+    def __iter__(self): return iter(self.items)
+
+
+def test_a_stream_begins_again_where_it_can(trainer, haystacks):
+    run = trainer(data=StreamOf(haystacks[:4]), method="sft", max_steps=5)
+    run.train()
+    assert run.state.global_step == 5
+
+
+def test_what_is_measured_of_an_iterator_is_trained_on_too(trainer, haystacks):
+    seen = []
+    def spoken():
+        for h in haystacks[:8]:
+            seen.append(h.id)
+            yield h
+    run = trainer(data=spoken(), max_steps=4)  # method laid measures the first 16
+    run.train()
+    assert run.state.global_step == 4 and len(set(seen)) == len(seen) == 8
+
+
+@pytest.mark.parametrize("settings, part", [
+    (dict(max_steps=-1), "max_steps"), (dict(recompose=.5), "recompose"), (dict(dataloader_num_workers=2), "dataloader_num_workers")])
+def test_what_a_stream_cannot_do(trainer, haystacks, settings, part):
+    with pytest.raises(ValueError, match=part): trainer(data=iter(haystacks), **settings)
+
+
+# pictures that go bad
+
+@pytest.fixture
+def files(tmp_path):
+    "Haystacks of two pictures on disk each."
+    made = []
+    for i in range(8):
+        h = picture_haystack(i, n_images=2, n_questions=2)
+        names = tuple(tmp_path/f"{i}-{n}.png" for n in range(2))
+        for n, name in enumerate(names): h.image(n).save(name)
+        made.append(replace(h, images=names))
+    return made
+
+
+class Spoil(TrainerCallback):
+    "After a step, empties every picture that is named."
+    def __init__(self, step, images): self.step, self.images = step, images
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            for image in self.images: image.write_bytes(b"")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_goes_bad_costs_nothing_that_was_trained(trainer, tiny, files, tmp_path, workers):
+    images = [image for h in files for image in h.images]
+    before = {image: image.read_bytes() for image in images}
+    student = tiny("student")
+    run = trainer(student=student, data=files, method="kd", max_steps=6, dataloader_num_workers=workers, num_train_epochs=3)
+    run.add_callback(Spoil(2, images))
+    with pytest.raises(BadPicture, match=r"-\d.png.*empty"): run.train()
+    step = run.state.global_step
+    assert step >= 2 and (tmp_path/"run"/f"checkpoint-{step}"/"model.safetensors").is_file()
+    for image, data in before.items(): image.write_bytes(data)
+    again, whole = tiny("student"), tiny("student")
+    trainer(student=again, data=files, method="kd", max_steps=6).train(resume_from_checkpoint=str(tmp_path/"run"/f"checkpoint-{step}"))
+    trainer(student=whole, data=files, method="kd", max_steps=6, folder=tmp_path/"other").train()
+    assert same(again, whole)
+
+
+def test_a_bad_picture_is_left_out(trainer, files):
+    run = trainer(data=files, method="kd", max_steps=8, on_bad_image="skip", per_device_train_batch_size=1)
+    run.add_callback(Spoil(1, [files[0].images[1], files[3].images[0]]))
+    with pytest.warns(UserWarning, match="left out: cannot read image .*png: the file is empty"): run.train()
+    assert run.state.global_step == 8
+
+
+def test_nothing_begins_with_a_bad_picture(trainer, files, tmp_path):
+    files[1].images[0].write_bytes(b"no picture")
+    run = trainer(data=files[:2])
+    with pytest.raises(BadPicture, match="1-0.png"): run.train()
+    assert not list((tmp_path/"run").glob("checkpoint-*"))
+    with pytest.raises(ValueError, match="on_bad_image"): trainer(on_bad_image="ignore")
