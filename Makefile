@@ -43,7 +43,7 @@ lab: $(VENV)/.dev  ## read and run the notebooks
 	$(BIN)/jupyter lab nbs
 
 bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole step; writes data/results/bench_*.json
-	@for script in spectra mixing attention step inspector; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
+	@for script in spectra mixing attention step cache readers inspector gpu; do echo "== $$script"; $(BIN)/python benchmarks/$$script.py $(ARGS) || exit 1; done
 	@$(BIN)/python benchmarks/tables.py
 
 reproduce: $(VENV)/.dev  ## make every result of nbs/experiments again (hours; goes on where it was stopped)

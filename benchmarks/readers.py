@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 from laid_nb.benchmarks import read_haystacks
-
 from measure import table, write
 
 COUNTED = ("stat", "lstat", "scandir", "open")
@@ -48,11 +47,14 @@ def counted(run):
             calls[0] += 1
             return function(*args, **kwargs)
         return call
-    for name, function in real.items(): setattr(os, name, counting(function))
+    for name, function in real.items():
+        setattr(os, name, counting(function))
     start = time.perf_counter()
-    try: found = run()
+    try:
+        found = run()
     finally:
-        for name, function in real.items(): setattr(os, name, function)
+        for name, function in real.items():
+            setattr(os, name, function)
     return found, time.perf_counter() - start, calls[0]
 
 
@@ -64,15 +66,17 @@ def main():
     with tempfile.TemporaryDirectory() as place:
         pool, root = 40_000, Path(place)/"coco"
         (root/"val2017").mkdir(parents=True)
-        for i in range(pool): (root/f"val2017/{i:012d}.jpg").touch()
+        for i in range(pool):
+            (root/f"val2017/{i:012d}.jpg").touch()
         for name, make in (("vhs", vhs_file), ("llava", llava_file)):
             file = make(Path(place), random.Random(0), entries, 100, pool)
             stacks, took, calls = counted(lambda: read_haystacks([file], root, name))
             assert sum(len(h.images) for h in stacks) == 100*entries
-            rows.append(dict(reader=name, images=100*entries, seconds=took, calls=calls))
-    shown = [[r["reader"], f"{r['images']:,}", f"{r['seconds']:.1f} s", f"{r['calls']:,}"] for r in rows]
-    print(table(["reader", "image entries", "time", "calls to the file system"], shown))
-    if entries == 10_000: write("readers", rows)
+            rows.append({"reader": name, "image entries": 100*entries, "seconds": took, "calls": calls})
+    print(table(rows))
+    if entries == 10_000:
+        write("bench_readers", rows)
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

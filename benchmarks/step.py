@@ -45,11 +45,11 @@ def sample(
 
 
 def floor(
-    pair: dict,  # name -> model
+    student,  # a transformers model
+    teacher,  # likewise
     batch: dict,  # on the device
 ):  # -> function without arguments
     "Teacher forward, student forward and backward: stock models, cross-entropy alone."
-    teacher, student = pair["teacher"], pair["student"]
     rows, answers = supervised_rows(batch["labels"])
     how = dict(position_ids=read_positions(student, batch), logits_to_keep=rows.any(0).nonzero()[:, 0], use_cache=False)
     half = torch.autocast(batch["input_ids"].device.type, torch.bfloat16, enabled=torch.cuda.is_available())
@@ -79,16 +79,19 @@ def step(
 
 def made(
     method: str,
+    student,  # a transformers model; its weights stay as they are, for no optimiser steps
+    teacher,  # likewise
     pool: list[dict],  # from `precompute`
     processor,
-    teacher,  # a transformers model
+    kind: type = LaidTrainer,  # or a subclass
+    **settings,  # more of LaidConfig
 ) -> LaidTrainer:  # ready for its first step
     "A trainer of one method."
     gpu = torch.cuda.is_available()
     config = LaidConfig(tempfile.mkdtemp(), method=method, use_cpu=not gpu, bf16=gpu, report_to="none",
-                        disable_tqdm=True, save_strategy="no")
+                        disable_tqdm=True, save_strategy="no", **settings)
     full = WindowSimulation(ramp=0.0)  # every term at full weight from the start
-    trainer = LaidTrainer(model("student", processor), config, pool, processor, teacher=teacher, simulation=full)
+    trainer = kind(student, config, pool, processor, teacher=teacher, simulation=full)
     trainer.model.train()
     trainer.start()
     trainer.current_gradient_accumulation_steps = 1  # which `train` would set
@@ -103,11 +106,12 @@ def measure(
     pair = {name: model(name, processor).to(device) for name in DEPTH}
     pool, calls = [sample(tokens, processor, pair)], {}
     for name, method in METHODS.items():
-        trainer = made(method, pool, processor, pair["teacher"])
+        trainer = made(method, model("student", processor), pair["teacher"], pool, processor)
         batch = trainer.data_collator(pool)
         calls[name] = functools.partial(step, trainer, batch)
     pair["student"].get_encoder(modality="image").requires_grad_(False)
-    calls["floor"] = floor(pair, {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()})
+    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    calls["floor"] = floor(pair["student"], pair["teacher"], batch)
     time, memory = seconds(calls, repeat), {name: peak_bytes(call) for name, call in calls.items()}
     against = "SFT + KL"
     return [{

@@ -45,7 +45,16 @@ def parts() -> str:
     return markdown(["part", "tokens", "times as fast", "share of the memory"], lines)
 
 
-def main(): (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}", encoding="utf-8")
+def peers() -> str:
+    "Time and memory of a training step beside other libraries'."
+    cell = lambda r: f"{r['time / SFT + KL']:.2f}<br><sub>memory {r['memory / SFT + KL']:.2f}</sub>"
+    found = rows("peers")
+    sizes = list(dict.fromkeys(r["tokens"] for r in found))
+    by_method = {r["method"]: [cell(x) for x in found if x["method"] == r["method"]] for r in found}
+    return markdown(["method", *(f"{n:,} tokens" for n in sizes)], [[m, *cells] for m, cells in by_method.items()])
+
+
+def main(): (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}\n{peers()}", encoding="utf-8")
 
 
 if __name__ == "__main__":

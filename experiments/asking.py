@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common import load
 from laid_nb.capture import Cache, capture
-from laid_nb.inputs import precompute_prompts, question_ids, question_text, read_groups, read_positions
+from laid_nb.inputs import precompute_prompts, question_ids, read_groups, read_positions
 from laid_nb.simulate import asked_rows, multiplicity_factors
 from laid_nb.store import tower_fingerprint
 
@@ -60,8 +60,8 @@ class Prompt(NamedTuple):
 
 def tails(processor, haystack) -> list[list[int]]:
     "The tokens of each question, behind the last image, as if it were asked alone."
-    texts = [question_text(processor, haystack, t) for t in range(len(haystack.questions))]
-    return [question_ids(processor, text)[1:] for text in texts]  # without the end of the image
+    asked = range(len(haystack.questions))
+    return [question_ids(processor, haystack, t)[1:] for t in asked]  # without the end of the image
 
 
 def prompt(

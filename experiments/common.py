@@ -137,8 +137,9 @@ class ReadOnce(LaidTrainer):
     share it."""
     def read_teacher(self, inputs, how, bias, rows):
         what = [inputs["input_ids"], inputs["teacher_features"], how["position_ids"], rows, *(bias or ())]
-        who = b"" if self.teacher is pair()["teacher"] else model_fingerprint(self.teacher, pair()["processor"]).encode()
-        known = self.kept(who + b"".join(x.contiguous().cpu().numpy().tobytes() for x in what))
+        other = self.teacher is not pair()["teacher"]
+        who = model_fingerprint(self.teacher, pair()["processor"]) if other else ""
+        known = self.kept(who.encode() + b"".join(x.contiguous().cpu().numpy().tobytes() for x in what))
         if known.exists(): return {k: v.to(self.args.device) for k, v in load_file(known).items()}
         said = super().read_teacher(inputs, how, bias, rows)
         with atomic_write(known) as part:

@@ -25,8 +25,10 @@ WAYS = {  # row -> (who teaches, settings beyond those that all share, labels)
 def runs(seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
     "Row -> a training for each seed: KL and gain, at the rates that were chosen for LAid+, with window simulation."
     shared = dict(method="kd", gain=True) | RATES | SIMULATION
-    return {name: [Run(name, seed, shared | more, haystacks, steps=steps, labels=labels, anchor=anchor) for seed in seeds]
-            for name, (anchor, more, labels) in WAYS.items()}
+    def every(name, anchor, more, labels):
+        how = dict(haystacks=haystacks, steps=steps, labels=labels, anchor=anchor)
+        return [Run(name, seed, shared | more, **how) for seed in seeds]
+    return {name: every(name, *way) for name, way in WAYS.items()}
 
 
 def main(quick: bool = False, done: bool = False):

@@ -1,4 +1,4 @@
-"""Two runs of lmms-eval beside `laid eval --generate`: the same answers, question by question; keeps data/results/lmms.json.
+"""Two runs of lmms-eval beside `laid eval --generate`, answer by answer; keeps data/results/lmms.json.
 
   for m in student distilled; do
     lmms-eval --model laid --model_args pretrained=$m --include_path $(laid lmms) --log_samples --output_path logs/$m \\
@@ -37,7 +37,8 @@ def beside(name: str, folder: Path) -> list[dict]:
         theirs = written(folder, f"laid_drawn_single_{size}")
         pairs = list(zip(theirs, ours, strict=True))
         rows.append(dict(
-            model=name, size=size, questions=len(ours), same_answers=sum(a == r["response"].strip() for (a, _), r in pairs),
+            model=name, size=size, questions=len(ours),
+            same_answers=sum(a == r["response"].strip() for (a, _), r in pairs),
             same_scores=sum(bool(s) == r["correct"] for (_, s), r in pairs),
             lmms_eval=sum(s for _, s in theirs)/len(theirs), laid_eval=sum(r["correct"] for r in ours)/len(ours)))
         print(rows[-1], flush=True)

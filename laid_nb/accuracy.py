@@ -122,10 +122,14 @@ def by_size(
     stacks = np.array([" ".join((r["haystack"], r.get("fingerprint", ""))) for r in first])
     sizes, place = np.unique([r["size"] for r in first], return_inverse=True)
     bits = np.array([[bool(r[key]) for r in records] for records in trainings])
-    guessed = np.array([1/len(r.get("choices", ("Yes", "No"))) for r in first])
+    guessed = np.array([1/max(len(_choices(r)), 1)*bool(_choices(r)) for r in first])
     chance = np.bincount(place, guessed)/np.bincount(place)  # [sizes]
     return _answers(sizes, [(bits[:, place == i], stacks[place == i]) for i in range(len(sizes))],
                     float(chance[0]) if np.ptp(chance) < 1e-9 else chance)
+
+def _choices(record):
+    "What could be answered; () where in words of one's own."
+    return record.get("choices", () if isinstance(record.get("answer"), str) else ("Yes", "No"))
 
 def _by_haystack(
     bits: np.ndarray,  # [trainings, questions] bool: right or wrong
@@ -487,9 +491,9 @@ LOW_MASS = 0.5  # below, an answer that is scored by its probability is not what
 def mean_mass(
     records: list[dict],  # from `evaluate` or `read_records`
 ) -> dict[int, float]:  # number of images -> mean
-    "Mean probability of the choices of a question together, by number of images."
-    sizes = sorted({r["size"] for r in records})
-    return {s: float(np.mean([r["mass"] for r in records if r["size"] == s])) for s in sizes}
+    "Mean probability of the choices of a question together, by number of images; of questions that have choices."
+    chosen = [r for r in records if _choices(r)]
+    return {s: float(np.mean([r["mass"] for r in chosen if r["size"] == s])) for s in sorted({r["size"] for r in chosen})}
 
 # %% ../nbs/10_accuracy.ipynb #plot-accuracy
 def _plot_level(axes, sizes, level, style):

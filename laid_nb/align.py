@@ -8,17 +8,19 @@ __all__ = ['needle_attention', 'needle_scores', 'needle_pair', 'build_mixing', '
 
 # %% ../nbs/09_align.ipynb #imports
 import math
+import warnings
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from .attention import attention_kinds, layers_left_out, said_of_layers
 from .capture import capture, residual_streams
 from .inputs import image_inputs, read_groups, read_positions
 from .losses import unit_rms
-from .mixing import GramStats, best_pairs, check_heads, explained_table, mixing_kind, mixings
-from .rope import RopeSpec, rope_spec, shared_rope
+from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_pairs, mixing_kind, mixings
+from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
 from .simulate import asked_rows
 from .spectra import needle_shares, real_tokens
 
@@ -61,23 +63,41 @@ def _turn_attention(
     needle: torch.Tensor,  # bool [batch, tokens], tokens of the images it asks about
     mask: torch.Tensor,  # bool [batch, tokens]
 ) -> torch.Tensor:  # [layers, heads]
-    "Attention to the needle in every layer."
+    "Attention to the needle in every captured layer."
     return torch.stack([
         needle_attention(cache["q", layer], cache["k", layer], rows, needle, mask, cache.scaling[layer])
         for layer in cache.layers])
 
+def _plain_layers(
+    model,  # student or teacher
+    batches: list[dict],  # from `HaystackCollator`, on the model's device
+    role: str,  # "student" or "teacher"
+) -> list[int]:
+    "Layers that attend causally to all tokens of the longest batch. Warns of the others, `ValueError` where none does."
+    batch = max(batches, key=lambda b: b["input_ids"].shape[1])
+    layers = model.config.get_text_config().num_hidden_layers
+    inputs = image_inputs(model, batch, role) | dict(position_ids=read_positions(model, batch))
+    left_out = layers_left_out(model, inputs)
+    if len(left_out) == layers:
+        raise ValueError(f"attention to the needle can be told of no layer of the {role}: {said_of_layers(left_out)}")
+    if left_out:
+        warnings.warn(f"left out of the {role}'s attention to the needle: {said_of_layers(left_out)}", stacklevel=3)
+    return [layer for layer in range(layers) if layer not in left_out]
+
+# %% ../nbs/09_align.ipynb #needle-scores
 @torch.no_grad()
 def needle_scores(
     model,  # student or teacher
     batches: list[dict],  # from `HaystackCollator`, on the model's device
     role: str,  # "student" or "teacher"
-) -> torch.Tensor:  # [layers, heads], in 0..1
-    "Mean share of attention from the tokens of a question to the image it asks about (ours)."
-    found = []
+) -> torch.Tensor:  # [layers, heads], in 0..1; nan for layers that do not attend causally to all tokens
+    """Mean share of attention from the tokens of a question to the image it asks about (ours). Warns of layers that are
+    left out."""
+    found, layers = [], _plain_layers(model, batches, role)
     for batch in batches:
         groups, turn = read_groups(model, batch), batch["turn"]
         asked, mask = asked_rows(turn, batch["needles"], groups), batch["attention_mask"].bool()
-        with capture(model) as cache:
+        with capture(model, layers) as cache:
             model(**image_inputs(model, batch, role), position_ids=read_positions(model, batch), logits_to_keep=1,
                   use_cache=False)
         for t in range(int(turn.max()) + 1):
@@ -85,14 +105,17 @@ def needle_scores(
             needles = (asked & rows[..., None]).any(1)  # [batch, images]
             needle = needles.gather(1, groups.clamp(min=0)) & (groups >= 0)
             found.append(_turn_attention(cache, rows, needle, mask))
-    return sum(found)/len(found)
+    scores = sum(found)/len(found)
+    every = scores.new_full((model.config.get_text_config().num_hidden_layers, scores.shape[1]), math.nan)
+    every[layers] = scores
+    return every
 
 def needle_pair(
     student_scores: torch.Tensor,  # [layers, heads] of the student
     teacher_scores: torch.Tensor,  # [layers, heads] of the teacher
 ) -> tuple[int, int]:  # (student layer, teacher layer)
-    "The layers whose best head looks most at the needle."
-    return tuple(int(s.amax(1).argmax()) for s in (student_scores, teacher_scores))
+    "The layers whose best head looks most at the needle; those that are nan are passed over."
+    return tuple(int(s.nan_to_num(-1).amax(1).argmax()) for s in (student_scores, teacher_scores))
 
 # %% ../nbs/09_align.ipynb #shared-specs
 def shared_specs(
@@ -213,14 +236,15 @@ def _best_layers(
     batches: list[dict],  # from `HaystackCollator`, on the models' device
     form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "Each student layer with the teacher layer of the same RoPE whose mixtures explain it best."
-    own, other = (range(m.config.get_text_config().num_hidden_layers) for m in (student, teacher))
-    pairs = [(s, t) for s in own for t in other]
-    table = explained_table(gram_sums(pairs, student, teacher, batches, form != "scalar"), form)
-    for pair, spec in shared_specs(student, teacher, pairs).items():
+    "Each student layer that has RoPE with the teacher layer of the same RoPE whose mixtures explain it best."
+    own, other = rope_layers(student), rope_layers(teacher)
+    places = {(s, t): (i, j) for i, s in enumerate(own) for j, t in enumerate(other)}
+    sums = gram_sums(list(places), student, teacher, batches, form != "scalar")
+    table = explained_table({places[pair]: gram for pair, gram in sums.items()}, form)
+    for pair, spec in shared_specs(student, teacher, list(places)).items():
         if spec is None:
-            table[pair] = -math.inf
-    return best_pairs(table)
+            table[places[pair]] = -math.inf
+    return [(own[i], other[j]) for i, j in best_pairs(table)]
 
 def measured_layers(
     layers: str,  # one of MEASURED
@@ -231,7 +255,28 @@ def measured_layers(
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Layers chosen by what they do on a few haystacks (ours)."
     if layers == "best": return _best_layers(student, teacher, batches, form)
-    return [needle_pair(needle_scores(student, batches, "student"), needle_scores(teacher, batches, "teacher"))]
+    scores = []
+    for model, role in ((student, "student"), (teacher, "teacher")):
+        found = needle_scores(model, batches, role)
+        found[sorted(set(range(len(found))) - set(rope_layers(model)))] = math.nan  # they cannot be aligned
+        scores.append(found)
+    return [needle_pair(*scores)]
+
+def turning_pairs(
+    student,  # a transformers model
+    teacher,  # a transformers model
+    layers: str,  # as for `layer_pairs`
+) -> list[tuple[int, int]]:  # (student layer, teacher layer)
+    "Pairs that are named or, by depth, those in which both layers have RoPE; warns of those left out."
+    pairs = layer_pairs(layers, student.config, teacher.config)
+    if layers != "depth": return pairs
+    own, other = rope_layers(student), rope_layers(teacher)
+    turned = [(s, t) for s, t in pairs if s in own and t in other]
+    if not turned: raise ValueError("no two layers of the same depth have RoPE: name pairs of layers")
+    if len(turned) < len(pairs):
+        left_out = ", ".join(f"{s}:{t}" for s, t in pairs if (s, t) not in turned)
+        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE", stacklevel=3)
+    return turned
 
 # %% ../nbs/09_align.ipynb #hidden
 def build_projections(
@@ -270,13 +315,15 @@ def fit_projections(
 def check_full_attention(
     model,  # a transformers model
     layers: set[int],  # whose attention is to be matched
-    role: str,  # "student" or "teacher", for the message
-) -> None:
-    "`ValueError` for layers that attend in a sliding window or cap their logits."
-    text = model.config.get_text_config()
-    kinds = getattr(text, "layer_types", None) or ["full_attention"]*text.num_hidden_layers
+    role: str,  # "student" (as it trains, with its dropout) or "teacher", for the message
+    tokens: float = math.inf,  # of the longest sample, to be held against windows
+    inputs: dict | None = None,  # what the model is called with; None: short texts of ours
+) -> int | None:  # tokens up to which all of these layers attend to all tokens; None = any number
+    "`ValueError` for a layer that does not attend causally to all of so many tokens with plain logits."
+    kinds = attention_kinds(model, sorted(layers), inputs, training=role == "student")
     for layer in sorted(layers):
-        sliding = layer < len(kinds) and kinds[layer] != "full_attention"
-        if sliding or getattr(text, "attn_logit_softcapping", None):
-            raise ValueError(f"{role} layer {layer} ({kinds[layer]}) does not attend causally to all tokens with plain "
-                             "logits: align other layers, or set lambda_attention=0")
+        if layer in kinds and kinds[layer].plain(tokens): continue
+        does = kinds.get(layer, "has no self-attention")
+        raise ValueError(f"{role} layer {layer} {does}: the terms on attention count causal softmax over all tokens "
+                         "of a sample. Align other layers, or set lambda_attention=0")
+    return min((kind.reach for kind in kinds.values() if kind.reach), default=None)

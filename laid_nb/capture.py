@@ -76,13 +76,14 @@ def _dispatch(
 def _register(
     name,  # of the interception
     base,  # name of an attention implementation
+    masked=None,  # (stock mask function, **arguments) -> mask, or None: the stock one
 ):
     "The name under which `base` is intercepted, known to both tables."
     ours = f"{name}_{base}"
     AttentionInterface.register(ours, partial(_dispatch, name, base))
     masks = AttentionMaskInterface()
     if base in masks:
-        AttentionMaskInterface.register(ours, masks[base])
+        AttentionMaskInterface.register(ours, partial(masked, masks[base]) if masked else masks[base])
     return ours
 
 # %% ../nbs/01_capture.ipynb #intercept
@@ -103,6 +104,7 @@ def intercept(
     change: Callable,  # (stock function, module, query, key, value, mask, **kwargs) -> what the stock one would return
     name: str = "changed",  # of this interception; one of each name at a time
     kernels: tuple = (),  # names of implementations that `change` knows how to serve, () = any
+    masked: Callable | None = None,  # (stock mask function, **its arguments) -> the mask; None: the stock mask
 ):
     """Inside the block the text layers of `model` attend by `change` (ours). Queries are [batch, heads, S_q, head_dim],
     keys and values [batch, kv_heads, S_k, head_dim], after RoPE; outputs [batch, S_q, heads, head_dim].
@@ -112,7 +114,7 @@ def intercept(
     try:
         for config, base in before:
             _changes[name, id(config)] = change
-            config._attn_implementation_internal = _register(name, base)
+            config._attn_implementation_internal = _register(name, base, masked)
         yield
     finally:
         for config, base in before:

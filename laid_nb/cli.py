@@ -18,13 +18,14 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from . import __version__
 from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
+from .overlap import data_marks, overlap, read_marks, save_marks
+from .pictures import refuse_bad_pictures
 from laid_nb.script import (
     CommandParser, add_command, call_command, command, command_line, layer_list, natural, number_list, numbers,
     plain_flags, positive
 )
 from laid_nb.store import (
-    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, save_model,
-    write_json
+    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, write_json
 )
 
 # %% ../nbs/13_cli.ipynb #haystacks
@@ -44,6 +45,22 @@ def _check_source(data, pictures) -> None:
     if bool(data) == pictures:
         raise ValueError("which haystacks? give either --data FILE --image_root FOLDER, or --pictures")
 
+def _columns(image_column, question_column, answer_column, choices_column, data_split) -> dict:
+    "Flags that name columns, by their names."
+    return dict(locals())
+
+def _seen(
+    model: str,  # a folder, or a name
+    training,  # haystacks it was trained on, or None: what its folder says
+    haystacks: list,  # of the test
+) -> str:  # "" where nothing is asked again, or nobody knows
+    "What a test shares with a training, in words; said at once on stderr too."
+    marks = data_marks(training) if training else read_marks(model)
+    shared = overlap(marks, haystacks) if marks else None
+    if not shared: return ""
+    print(f"laid: warning: {shared}", file=sys.stderr)
+    return f"{shared}: accuracy measures memory as well"
+
 def _check_suffix(
     path,  # of a file to be written
     *allowed: str,  # such as ".png"
@@ -58,6 +75,11 @@ def evaluate(
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
     benchmark: _Source = "vhs",  # what the files are
+    image_column: str | None = None,  # of a table: an image or a list (default images, or image)
+    question_column: str | None = None,  # of a table: a question or a list (default question)
+    answer_column: str | None = None,  # of a table: the answers (default answer)
+    choices_column: str | None = None,  # of a table: lists of choices (default none: answers are free)
+    data_split: str | None = None,  # of a table with several
     pictures: bool = False,  # draw haystacks instead
     sizes: _Sizes = (1, 2, 5, 10, 20, 50, 100, 150),  # images of a drawn haystack, such as 1,2,5 or 2-20
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
@@ -65,7 +87,9 @@ def evaluate(
     split: Literal[SPLITS] = "test",  # of drawn haystacks
     seed: _Seed = 0,  # of drawn haystacks
     out: str = "results.jsonl",  # a record a question; a run that was stopped goes on there
+    trained_on: list[str] | None = None,  # files like --data that the model was trained on: count what is asked again
     generate: bool = False,  # score written answers instead of the logits of the choices
+    max_new_tokens: _Count = 16,  # of a written answer
     prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
     batch: _Count = 12,  # questions of one haystack answered at once
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
@@ -78,23 +102,41 @@ def evaluate(
     "Accuracy of a model by haystack size."
     ways = _given(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
     _check_source(data, pictures)
-    haystacks = read_haystacks(data, image_root, benchmark) if data else drawn_test(sizes, questions, seed, split, kind)
+    columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
+    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
+    haystacks = read(data) if data else drawn_test(sizes, questions, seed, split, kind)
+    refuse_bad_pictures(haystacks)
+    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
+    from laid_nb.accuracy import Results, by_size
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
+    records, thinks = _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, before)
+    results = Results({model: by_size(records)})
+    _report(results, records, haystacks, seen, thinks, out, vhs, plot)
+    return results
+
+# %% ../nbs/13_cli.ipynb #eval-parts
+def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, prompt) -> tuple:
+    "Ask a model, by a training-free baseline where `ways` has one: (records, what `opens_thought` says)."
     device = prepare_process()
-    from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all, read_records
     from laid_nb.inputs import opens_thought
-    from laid_nb.vhs import write_vhs
     loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with remove_on_failure(out, keep=lambda path: read_records(path)[1]):
-        records = ask_all(loaded.to(device), processor, haystacks, out, model, batch, generate, prompt=before)
-    results = Results({model: by_size(records)})
+        given = haystacks, out, model, batch, generate, max_new_tokens, prompt
+        return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
+
+def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
+    "The table and what belongs to it, and the files that are asked for."
+    from laid_nb.accuracy import plot_accuracy, table_cells, table_text
+    from laid_nb.vhs import write_vhs
     print(table_text(table_cells(results)))
-    _print_mass(records, opens_thought(processor, haystacks[0]))
+    if seen:
+        print(seen)
+    _print_mass(records, thinks)
     _print_compliance(records)
     if vhs:
         write_vhs(records, haystacks, vhs)
@@ -102,7 +144,6 @@ def evaluate(
         with atomic_write(plot) as part:
             plot_accuracy(results).savefig(part, dpi=160)
     print("written: " + ", ".join(str(path) for path in (out, vhs, plot) if path))
-    return results
 
 # %% ../nbs/13_cli.ipynb #eval-mass
 def _print_mass(
@@ -112,6 +153,7 @@ def _print_mass(
     "How much of the probability the choices have, and what to do where that is little."
     from laid_nb.accuracy import LOW_MASS, mean_mass
     found = mean_mass(records)
+    if not found: return
     print("probability of the choices " + ", ".join(f"{s}: {m:.2f}" for s, m in found.items()))
     if thinks:
         print("warning: the chat template opens a thought (<think>), and what follows it is no answer yet: take a "
@@ -227,6 +269,11 @@ def train(
     data: list[str] | None = None,  # files of haystacks
     image_root: str | None = None,  # folder that the image paths of --data start from
     benchmark: _Source = "vhs",  # what the files are
+    image_column: str | None = None,  # of a table: an image or a list (default images, or image)
+    question_column: str | None = None,  # of a table: a question or a list (default question)
+    answer_column: str | None = None,  # of a table: the answers (default answer)
+    choices_column: str | None = None,  # of a table: lists of choices (default none: answers are free)
+    data_split: str | None = None,  # of a table with several
     pictures: bool = False,  # draw haystacks instead
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
@@ -238,21 +285,24 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last."""
     _check_source(data, pictures)
     prepare_process()
-    import torch
     from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
-    stacks = read_haystacks(data, image_root, benchmark) if data else drawn_training(sizes, haystacks, args.seed, kind)
+    columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
+    read = read_haystacks(data, image_root, benchmark, **columns) if data else None
+    stacks = read or drawn_training(sizes, haystacks, args.seed, kind)
+    refuse_bad_pictures(stacks)
     if args.process_index == 0:
         _say_plan(student, teacher, args, stacks)
-    model, processor = load_model(student, torch.float32)
-    anchor, anchor_processor = (None, None) if args.method == "sft" else load_model(student if teacher == "self" else teacher)
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
         trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
         trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
+    trainer.save_student(out/"model", model_path(student))
     if trainer.is_world_process_zero():
-        save_model(model, processor, out/"model")
+        save_marks(out/"model", data_marks(stacks))
         print(f"written: {out/'model'}; measure it with: laid eval {out/'model'} --pictures")
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
@@ -324,6 +374,12 @@ def _longest(haystacks: list, batch: int):  # -> laid_nb.plan.Sample
     width, height = most.image(0).size
     asked = most.questions[:12]
     return Sample(len(most.images), height, width, sum(len(q.text)//4 + 16 for q in asked), 2*len(asked), batch)
+
+def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed
+    "The teacher, in the precision and on the device that the settings say."
+    if args.method == "sft": return None, None
+    where = "cpu" if args.teacher_placement == "cpu" else args.device
+    return load_model(name, args.teacher_dtype, args.teacher_bits, where)
 
 # %% ../nbs/13_cli.ipynb #spectra
 @command

@@ -25,6 +25,7 @@ from .evaluate import evaluate, read_records
 from .haystack import drawn_test, drawn_training, picture_haystack
 from .inputs import HaystackCollator, precompute
 from .mixing import layer_pairs
+from .pair import check_same_reading
 from laid_nb.store import (
     atomic_write, hardware, load_model, model_fingerprint, prepare_process, read_json, save_model, slug, versions,
     write_json
@@ -271,6 +272,7 @@ def _check_pair_of_demo(
     "`ValueError` before anything is written, when the two cannot be distilled one from the other."
     (teacher, a), (student, b) = (load_model(pair[name]) for name in ("teacher", "student"))
     check_pair(student, teacher, b.tokenizer, a.tokenizer)
+    check_same_reading(b, a)
     build_mixing(student, teacher, layer_pairs("last", student.config, teacher.config))
     return {"teacher": model_fingerprint(teacher, a), "student": model_fingerprint(student, b)}
 

@@ -22,7 +22,7 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from .haystack import IMAGE, YES_NO, Haystack, haystack_fingerprint
 from laid_nb.inputs import (
-    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids, question_text,
+    append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids,
     read_positions, reply_lead
 )
 from .store import model_fingerprint, tokenizer_of, tower_fingerprint
@@ -193,9 +193,10 @@ def _ask_whole(model, inputs, choices, ends, max_new_tokens):
         given = image_inputs(model, prompt) | {"position_ids": read_positions(model, prompt)}
         return _log_p(model(**given, logits_to_keep=n, use_cache=False).logits[0])
     row, first = family_of(model), [ids[0] for ids in choices]
-    if len(set(first)) == len(first): scores = read(inputs, 1)[-1, first]
-    else: scores = torch.stack([_whole_log_p(read(append_text(inputs, c, row), len(c) + 1), c, ends) for c in choices])
-    return scores, _write_whole(model, image_inputs(model, inputs), ends, max_new_tokens) if max_new_tokens else []
+    said = _write_whole(model, image_inputs(model, inputs), ends, max_new_tokens) if max_new_tokens else []
+    if len(set(first)) == len(first): return read(inputs, 1)[-1, first], said
+    scores = [_whole_log_p(read(append_text(inputs, ids, row), len(ids) + 1), ids, ends) for ids in choices]
+    return torch.stack(scores), said
 
 # %% ../nbs/10a_evaluate.ipynb #ask
 def _ask_parts(model, prefix, tails, choices, ends, batch, max_new_tokens):
@@ -248,7 +249,7 @@ def _check_finite(haystack, turn, log_p):
 def _scored(question, log_p):
     "What the log-probabilities of the choices, in their order, say about a question."
     mass = sum(math.exp(p) for p in log_p)
-    if not question.choices: return dict(margin=0., mass=0., correct=False)  # nothing to compare: what is written counts
+    if not question.choices: return dict(margin=0., mass=0., correct=False)  # what is written counts
     if question.choices == YES_NO:
         margin = log_p[0] - log_p[1]
         return dict(margin=margin, mass=mass, correct=margin != 0 and (margin > 0) == question.answer)
@@ -363,11 +364,11 @@ def _append(path, records):
 def _check_free(haystack, question, generate):
     "Refuse free answers where nothing is written, and images between the words of a question."
     if not question.choices and not generate:
-        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it needs "
-                         "generate=True, or --generate")
+        raise ValueError(f"haystack {haystack.id!r} has a question without choices: what is written is scored, so it "
+                         "needs generate=True, or --generate")
     if IMAGE in question.text:
-        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, but "
-                         "is not evaluated, since images are read once for all questions")
+        raise ValueError(f"haystack {haystack.id!r} has images between the words of a question: it can be trained on, "
+                         "but is not evaluated, since images are read once for all questions")
 
 def _check_haystacks(haystacks, generate):
     "Refuse haystacks that cannot be told apart, or have nothing to ask."

@@ -133,6 +133,13 @@ def file_documents(
     return _of_files(paths, benchmark)
 
 # %% ../nbs/10b_lmms.ipynb #model
+def _plain_settings(model, tokenizer):
+    "Settings of `generate`: the tokens that end an answer, and nothing else of the checkpoint's."
+    from transformers import GenerationConfig
+    own = model.generation_config.eos_token_id
+    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+    return GenerationConfig(eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+
 class LmmsModel:
     "What lmms-eval calls: one conversation at a time, through transformers, greedily."
     is_simple = False  # it takes conversations
@@ -149,21 +156,19 @@ class LmmsModel:
         there = prepare_process()
         self.model, self.processor = load_model(str(pretrained))
         self.model.to(device or there)
+        self.model.generation_config = _plain_settings(self.model, self.processor.tokenizer)  # `generate` falls back on it
 
     def loglikelihood(self, requests): raise NotImplementedError("the model laid writes answers: it scores no texts")
 
     def generate_until_multi_round(self, requests): raise NotImplementedError("the model laid answers once")
 
 # %% ../nbs/10b_lmms.ipynb #generate
-def _greedy(model, tokenizer, asked):
-    "Settings of `generate` without those of the checkpoint; asked: those of the task."
-    from transformers import GenerationConfig
+def _check_asked(asked, parts):
+    "Refuse what is not the most probable token, or neither text nor an image."
     if asked.get("do_sample") or asked.get("num_beams", 1) > 1:
         raise ValueError(f"the model laid takes the most probable token, and cannot sample or search: {asked}")
-    own = model.generation_config.eos_token_id
-    ends = {tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
-    return GenerationConfig(max_new_tokens=asked.get("max_new_tokens", 256), do_sample=False,
-                            eos_token_id=sorted(ends), pad_token_id=tokenizer.pad_token_id)
+    for part in parts:
+        if part["type"] not in ("text", "image"): raise ValueError(f"the model laid reads no {part['type']}")
 
 @patch
 @torch.no_grad()
@@ -174,16 +179,14 @@ def answer(
 ) -> str:
     "One written answer. ValueError for what is neither text nor an image, or would be sampled."
     parts = [part for turn in chat for part in turn["content"]]
-    for part in parts:
-        if part["type"] not in ("text", "image"): raise ValueError(f"the model laid reads no {part['type']}")
+    _check_asked(asked, parts)
     text = self.processor.apply_chat_template(
         [turn | {"content": [{k: v for k, v in part.items() if k != "url"} for part in turn["content"]]}
          for turn in chat], tokenize=False, add_generation_prompt=True, **no_thought(self.processor))
     images = [part["url"] for part in parts if part["type"] == "image"]
     inputs = self.processor(text=[text], images=images or None, return_tensors="pt").to(self.model.device)
-    settings = _greedy(self.model, self.processor.tokenizer, asked)
-    written = self.model.generate(**inputs, generation_config=settings)[0, inputs["input_ids"].shape[1]:]
-    said = self.processor.tokenizer.decode(written, skip_special_tokens=True)
+    ids = self.model.generate(**inputs, do_sample=False, max_new_tokens=asked.get("max_new_tokens", 256))
+    said = self.processor.tokenizer.decode(ids[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
     for stop in asked.get("until", ()):
         said = said.split(stop)[0]
     return said
@@ -252,6 +255,7 @@ def paired_interval(
     half = _Z*((b + c - (c - b)**2/n)**.5)/n
     return float((c - b)/n - half), float((c - b)/n + half)
 
+# %% ../nbs/10b_lmms.ipynb #paired-table
 def _check_same(task, before, after):
     "`ValueError` unless two logs of a task are about the same questions."
     if before.keys() != after.keys() or any(before[i][0] != after[i][0] for i in before):

@@ -12,18 +12,19 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from laid_nb.align import (
     MEASURED, build_mixing, build_projections, check_full_attention, fit_mixing, fit_projections, load_mixing,
-    measured_layers, pairs_of, shared_specs
+    measured_layers, pairs_of, shared_specs, turning_pairs
 )
 from .capture import Cache, residual_streams
-from .gain import fold_gain, folded, folded_parameters, rope_gains
+from .gain import folded_state, gain_folds, rope_gains
+from .inputs import image_inputs, read_positions
 from .losses import TERMS, Evidence, unit_rms
-from .mixing import layer_pairs
 from .patch import patch
+from .rope import rope_layers
 
 # %% ../nbs/09a_parts.ipynb #part
 class Part:
@@ -32,8 +33,9 @@ class Part:
     missing = ""  # what is said where a checkpoint lacks the file
     unasked = ""  # what is said where a checkpoint has the file and the settings do not ask for the part
     again = ""  # why a finished one cannot be trained on; "" where it can
-    holds_student = False  # whether a checkpoint's weights are the student's plus this part, to be loaded by the part
+    measured = False  # whether it starts from what both models make of the first haystacks
     options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
+    in_weights = False  # whether a stock checkpoint has it in its weights
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
 
     def __init__(
@@ -54,10 +56,11 @@ class Part:
     def around(self, student: Cache, teacher: Cache | None): return nullcontext()
     def heard(self) -> dict[str, torch.Tensor]: return {}
     def show(self, evidence: Evidence, pairs: dict, said: dict) -> dict: return pairs
-    def stock(self): return nullcontext()
-    def finish(self) -> None: "After the last step."
-    def state(self) -> dict[str, torch.Tensor]: return {}
-    def load_state(self, folder: Path, student: dict) -> None: "From a checkpoint; its student's weights are given too."
+    def state(self, own: dict) -> dict[str, torch.Tensor]: return {}
+    def stock(self, own: dict) -> dict[str, torch.Tensor]: return own
+    def load_state(self, folder: Path) -> None: "From a checkpoint."
+    def unstock(self, folder: Path, saved: dict, own: dict) -> dict[str, torch.Tensor]: return saved
+    def finish(self) -> None: "After the last step, when the stock weights are about to be the student's."
     def describe(self) -> str: return type(self).__name__
 
 def _part_state(
@@ -70,25 +73,37 @@ def _part_state(
         raise FileNotFoundError(f"{path} is not there: {part.missing}")
     return load_file(path)
 
+def _entries(
+    state: dict,  # name -> tensor
+    start: str,  # of the names wanted
+) -> dict[str, torch.Tensor]:  # by the rest of their names
+    "A part of a state dict."
+    return {name.removeprefix(start): x for name, x in state.items() if name.startswith(start)}
+
 # %% ../nbs/09a_parts.ipynb #mixing
 class MixingPart(Part):
     "Mixing weights for every pair of aligned layers: student heads as mixtures of teacher heads (paper Eq. 3)."
-    file = "mixing.safetensors"
+    file, measured = "mixing.safetensors", True
     unasked = "was trained with mixing weights: go on with its method"
 
     @staticmethod
     def wanted(args): return args.aligns
 
     def build(self, earlier):
-        layers = "last" if self.args.layers in MEASURED else self.args.layers
-        self.align(layer_pairs(layers, self.student.config, self.teacher.config))
+        if self.args.layers in MEASURED:  # until the start the last layers stand in
+            self.mix([tuple(max(rope_layers(m), default=0) for m in (self.student, self.teacher))])
+        else:
+            self.align(turning_pairs(self.student, self.teacher, self.args.layers))
 
     def align(self, pairs):
         "The mixing of these pairs of layers. ValueError for a layer whose attention cannot be matched."
+        self.mix(pairs)
+        if self.sees_attention:
+            self.check(tokens=1)
+
+    def mix(self, pairs):
+        "A new mixing of these pairs of layers."
         args = self.args
-        if any(weight and TERMS[name].sees == "attention" for name, weight in args.weights.items()):
-            check_full_attention(self.student, {s for s, _ in pairs}, "student")
-            check_full_attention(self.teacher, {t for _, t in pairs}, "teacher")
         self.use(build_mixing(self.student, self.teacher, pairs, args.constraint, False, args.form, args.by_dimension))
 
     def use(self, mixing):
@@ -102,6 +117,30 @@ class MixingPart(Part):
         one = next(iter(self.mixing.values()))
         return f"mixing weights ({one.form}, {one.constraint}) of layers {', '.join(self.mixing)}"
 
+# %% ../nbs/09a_parts.ipynb #mixing-attention
+@patch(as_prop=True)
+def sees_attention(self: MixingPart) -> bool:
+    "Whether a term that has a weight compares attention."
+    return any(weight and TERMS[name].sees == "attention" for name, weight in self.args.weights.items())
+
+@patch
+def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
+    "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
+    self.reach, reaches = None, []
+    for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
+        inputs = batch and image_inputs(model, batch, role) | dict(position_ids=read_positions(self.student, batch))
+        reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
+    self.reach = min(filter(None, reaches), default=None)
+
+@patch
+def check_length(self: MixingPart, mask: torch.Tensor) -> None:
+    "`ValueError` for a batch with a sample longer than the windows of the aligned layers."
+    if self.sees_attention and self.reach and mask.shape[1] > self.reach:
+        longest = int(mask.sum(1).max())
+        if longest > self.reach:
+            raise ValueError(f"a sample has {longest} tokens, the layers {', '.join(self.mixing)} attend to all tokens "
+                             f"only up to {self.reach}: shorter samples, other layers, or lambda_attention=0")
+
 # %% ../nbs/09a_parts.ipynb #mixing-start
 @patch
 def start(self: MixingPart, batches: list[dict]) -> None:
@@ -109,6 +148,9 @@ def start(self: MixingPart, batches: list[dict]) -> None:
     args = self.args
     if args.layers in MEASURED:
         self.align(measured_layers(args.layers, self.student, self.teacher, batches, args.form))
+    if self.sees_attention:
+        longest = max(batches, key=lambda batch: batch["attention_mask"].sum(1).max())
+        self.check(longest, tokens=int(longest["attention_mask"].sum(1).max()))
     fit_mixing(self.mixing, self.student, self.teacher, batches, args.mixing_init, args.seed)
 
 @patch
@@ -127,20 +169,22 @@ def heard(self: MixingPart) -> dict[str, torch.Tensor]:
 @patch
 def show(self: MixingPart, evidence: Evidence, pairs: dict, said: dict) -> dict:
     "The evidence of every pair of layers: the student's heads beside their mixtures."
+    self.check_length(evidence.mask)
     cache, shown = self.captured[0], {}
     for (s, t), mixing in zip(self.pairs, self.mixing.values()):
         own = cache["q", s], cache["k", s]
         mixed = mixing(*(said[f"{x}.{t}"].to(own[0].device) for x in "qk"))
         shown[s, t] = replace(
             evidence, heads=(*own, *mixed), scalings=(cache.scaling[s], said[f"scaling.{t}"].item()),
-            scales=(mixing.scale_q, mixing.scale_k), spec=self.specs[s, t])
+            scales=(mixing.scale_q, mixing.scale_k), spec=self.specs[s, t],
+            counts=(said["count.q"], said["count.k"]) if "count.q" in said else None)
     return pairs | shown
 
 @patch
-def state(self: MixingPart) -> dict[str, torch.Tensor]: return self.mixing.state_dict()
+def state(self: MixingPart, own: dict) -> dict[str, torch.Tensor]: return self.mixing.state_dict()
 
 @patch
-def load_state(self: MixingPart, folder: Path, student: dict) -> None:
+def load_state(self: MixingPart, folder: Path) -> None:
     "ValueError for weights of other layers, another form or constraint."
     loaded = load_mixing(Path(folder)/self.file, self.student, self.teacher, self.args.by_dimension)
     if self.args.layers in MEASURED:  # which layers were chosen stands in the file
@@ -151,11 +195,14 @@ def load_state(self: MixingPart, folder: Path, student: dict) -> None:
         raise ValueError(f"{folder} was trained with other layers, another form or constraint: "
                          f"it holds {', '.join(loaded.state_dict())}")
     self.use(loaded)
+    if self.sees_attention:
+        self.check(tokens=1)
 
 # %% ../nbs/09a_parts.ipynb #stream
 class StreamPart(Part):
     "Projections of the teacher's residual stream after each aligned layer. Ours."
     file, missing = "hidden.safetensors", "that run compared no hidden states; use lambda_hidden=0"
+    measured = True
     unasked = "was trained with hidden states compared: go on with its lambda_hidden"
 
     @staticmethod
@@ -181,7 +228,7 @@ class StreamPart(Part):
         "`hidden.t` [batch, tokens, width] of each teacher layer t."
         return {f"hidden.{t}": stream for t, stream in self.streams[1].items()}
 
-    def state(self): return self.projections.state_dict()
+    def state(self, own): return self.projections.state_dict()
 
     def describe(self): return f"projections of the residual streams of layers {', '.join(self.projections)}"
 
@@ -204,7 +251,7 @@ def show(self: StreamPart, evidence: Evidence, pairs: dict, said: dict) -> dict:
     return {pair: replace(e, streams=streams(*pair)) for pair, e in pairs.items()}
 
 @patch
-def load_state(self: StreamPart, folder: Path, student: dict) -> None:
+def load_state(self: StreamPart, folder: Path) -> None:
     state = _part_state(folder, self)
     if list(self.projections) != list(self.mixing.mixing):
         self.follow()
@@ -218,11 +265,14 @@ class GainPart(Part):
     options = {"gain": (bool | None, None, (
         "Train a RoPE gain per head and band, folded into the weights at the end. Default: only with laid+."))}
     again = "the gain of this trainer is folded into its student: make another LaidTrainer to train on"
+    in_weights = True
 
     @staticmethod
     def wanted(args): return args.gains
 
-    def build(self, earlier): self.gains = rope_gains(self.student).to(self.args.device)
+    def build(self, earlier):
+        self.gains = rope_gains(self.student).to(self.args.device)
+        self.folds = gain_folds(self.student, self.gains)
 
     def parameters(self): return list(self.gains.parameters())
 
@@ -230,22 +280,16 @@ class GainPart(Part):
         student.gain = self.gains
         return nullcontext()
 
-    def stock(self): return folded(self.student, self.gains)
-
-    def finish(self): fold_gain(self.student, self.gains)
-
-    def state(self):
+    def state(self, own):
         "The gains, and the weights as they are before folding."
-        weights = folded_parameters(self.student, self.gains)
         return ({f"gain.{k}": v for k, v in self.gains.state_dict().items()}
-                | {f"unfolded.{k}": v for k, v in weights.items()})
+                | {f"unfolded.{fold.name}": own[fold.name] for fold in self.folds})
 
-    def load_state(self, folder, student):
-        state = _part_state(folder, self)
-        part = lambda start: {k.removeprefix(start): v for k, v in state.items() if k.startswith(start)}
-        self.gains.load_state_dict(part("gain."))
-        for name, weight in part("unfolded.").items():
-            self.student.get_parameter(name).data.copy_(weight)
+    def stock(self, own): return folded_state(own, self.folds)
+
+    def load_state(self, folder): self.gains.load_state_dict(_entries(_part_state(folder, self), "gain."))
+
+    def unstock(self, folder, saved, own): return saved | _entries(_part_state(folder, self), "unfolded.")
 
     def describe(self):
         found = torch.cat([g.gain().detach().flatten() for g in self.gains.values()])
@@ -283,29 +327,17 @@ def _lora_state(
 
 # %% ../nbs/09a_parts.ipynb #lora-merge
 def _merge_lora(
-    model,  # with adapters, changed in place
+    own: dict[str, torch.Tensor],  # weights of a model with adapters, left as they are
     adapters: dict,  # from `_add_lora`
-) -> None:
-    "Add the adapters to the weights and take them out: a stock model, still frozen."
+) -> dict[str, torch.Tensor]:  # of a stock model
+    "The weights with the adapters added to them."
+    stock = {name.replace(".base_layer.", "."): x for name, x in own.items() if ".lora_" not in name}
     for name, layer in adapters.items():
-        weight, delta = layer.base_layer.weight.data, layer.get_delta_weight("default").detach()
-        weight.copy_(weight.to(delta.dtype) + delta)
-        model.set_submodule(name, layer.base_layer)
-
-@contextmanager
-def _merged(
-    model,  # with adapters
-    adapters: dict,  # from `_add_lora`
-):
-    "A stock model inside the `with` block; afterwards adapters and weights are as before."
-    before = {name: layer.base_layer.weight.detach().clone() for name, layer in adapters.items()}
-    _merge_lora(model, adapters)
-    try:
-        yield
-    finally:
-        for name, layer in adapters.items():
-            layer.base_layer.weight.data.copy_(before[name])
-            model.set_submodule(name, layer)
+        A, B = (own[f"{name}.lora_{x}.default.weight"].detach() for x in "AB")
+        weight = stock[f"{name}.weight"].detach()
+        delta = layer.scaling["default"]*(B @ A)
+        stock[f"{name}.weight"] = (weight.to(delta.dtype) + delta).to(weight.dtype)
+    return stock
 
 # %% ../nbs/09a_parts.ipynb #lora-part
 class LoraPart(Part):
@@ -316,37 +348,57 @@ class LoraPart(Part):
         "Train LoRA adapters of this rank on the text layers, merged at the end, instead of the weights (the paper's "
         "SFT baseline: 8). 0 is off."))}
     again = "the adapters of this trainer are merged into its student: make another LaidTrainer to train on"
-    holds_student = True
+    in_weights = True
 
     @staticmethod
     def wanted(args): return args.lora_rank > 0
 
     def build(self, earlier):
         self.rank = self.args.lora_rank
-        self.trainable = [p for p in self.student.parameters() if p.requires_grad]  # as it was given
+        self.trainable = {n for n, p in self.student.named_parameters() if p.requires_grad}  # as it was given
         self.adapters = _add_lora(self.student, self.rank, self.args.seed)
 
-    def stock(self): return _merged(self.student, self.adapters)
+    def state(self, own): return {name: x for name, x in own.items() if ".lora_" in name}
+
+    def stock(self, own):
+        self.learnt = {name: x.detach().clone() for name, x in self.state(own).items()}
+        return _merge_lora(own, self.adapters)
+
+    def load_state(self, folder):
+        "ValueError for adapters of another rank."
+        saved, own = _part_state(folder, self), _lora_state(self.student)
+        if {n: w.shape for n, w in saved.items()} != {n: w.shape for n, w in own.items()}:
+            raise ValueError(f"{Path(folder)/self.file} holds adapters of another rank or for other layers than "
+                             f"lora_rank={self.rank} has here")
+
+    def unstock(self, folder, saved, own):
+        "The adapters; the rest is the student given. ValueError for adapters that another student was trained with."
+        adapters = _part_state(folder, self)
+        _check_same_student(self.stock(own | adapters), saved, Path(folder)/self.file)
+        return adapters
 
     def finish(self):
-        _merge_lora(self.student, self.adapters)
-        for p in self.trainable:
-            p.requires_grad_(True)
-
-    def state(self): return _lora_state(self.student)
-
-    def load_state(self, folder, student):
-        "ValueError for adapters of another rank, or trained from another student."
-        state, own, path = _part_state(folder, self), _lora_state(self.student), Path(folder)/self.file
-        if {n: w.shape for n, w in state.items()} != {n: w.shape for n, w in own.items()}:
-            raise ValueError(f"{path} holds adapters of another rank or for other layers than "
-                             f"lora_rank={self.rank} has here")
-        for name, weight in own.items():
-            weight.data.copy_(state[name])
-        with self.stock():
-            _check_same_student(self.student.state_dict(), student, path)
+        for name, layer in self.adapters.items():
+            self.student.set_submodule(name, layer.base_layer)
+        for name, p in self.student.named_parameters():
+            p.requires_grad_(name in self.trainable)
 
     def describe(self): return f"LoRA adapters of rank {self.rank} on {len(self.adapters)} layers"
+
+# %% ../nbs/09a_parts.ipynb #save-adapter
+@patch
+def save_adapter(
+    self: LoraPart,
+    folder,  # that is there
+    base: str,  # name of the model they are for
+) -> None:
+    "What has been learnt, as `peft` keeps it. `RuntimeError` before there is anything."
+    if not hasattr(self, "learnt"): raise RuntimeError("adapters are saved when the training has ended")
+    targets = list(self.adapters)
+    LoraConfig(r=self.rank, lora_alpha=2*self.rank, target_modules=targets, base_model_name_or_path=base,
+               inference_mode=True).save_pretrained(folder)
+    state = {f"base_model.model.{name.replace('.default.', '.')}": x.cpu().contiguous() for name, x in self.learnt.items()}
+    save_file(state, Path(folder)/"adapter_model.safetensors")
 
 # %% ../nbs/09a_parts.ipynb #same-student
 def _check_same_student(
@@ -375,22 +427,22 @@ class BiasPart(Part):
     def build(self, earlier):
         if any(isinstance(part, LoraPart) for part in earlier):
             raise ValueError("lora_rank and biases_only both say what alone is trained: give one of them")
-        self.trainable = {n: p for n, p in self.student.named_parameters() if p.requires_grad}  # as it was given
-        self.vectors = {n: p for n, p in self.trainable.items() if p.ndim == 1}
-        for name, p in self.trainable.items():
+        trainable = {n: p for n, p in self.student.named_parameters() if p.requires_grad}
+        self.trainable = set(trainable)  # as it was given
+        self.vectors = {n: p.numel() for n, p in trainable.items() if p.ndim == 1}  # name -> size
+        for name, p in trainable.items():
             p.requires_grad_(name in self.vectors)
 
+    def state(self, own): return {name: own[name] for name in self.vectors}
+
+    def load_state(self, folder): _part_state(folder, self)  # the checkpoint's weights are the student's own
+
     def finish(self):
-        for p in self.trainable.values():
-            p.requires_grad_(True)
-
-    def state(self): return self.vectors
-
-    def load_state(self, folder, student): _part_state(folder, self)  # the checkpoint's weights are the student's own
+        for name, p in self.student.named_parameters():
+            p.requires_grad_(name in self.trainable)
 
     def describe(self):
-        count = sum(p.numel() for p in self.vectors.values())
-        return f"{count:,} numbers in {len(self.vectors)} biases and norms"
+        return f"{sum(self.vectors.values()):,} numbers in {len(self.vectors)} biases and norms"
 
 # %% ../nbs/09a_parts.ipynb #parts
 PARTS = (MixingPart, GainPart, StreamPart, LoraPart, BiasPart)

@@ -198,13 +198,13 @@ def pictures_of(
 
 def check_pictures(
     haystacks,  # `Haystack`s
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show a bar where it takes more than two seconds
 ) -> list[tuple[str, str]]:  # (file, what is wrong), in their order; empty: all can be shown
     "Open and decode every picture. Warns of files whose names say another format than their bytes."
     files, found, misnamed = pictures_of(haystacks), [], []
     with ThreadPoolExecutor(cores()) as pool:
-        bar = tqdm(pool.map(_wrong, files), total=len(files), desc="check pictures", unit="picture",
-                   disable=not progress or not files)
+        bar = tqdm(pool.map(_wrong, files), total=len(files), desc="check pictures", unit="picture", delay=2,
+                   disable=not progress)
         for file, (wrong, other) in zip(files, bar):
             if wrong:
                 found.append((str(file), wrong))
@@ -216,7 +216,7 @@ def check_pictures(
 
 def refuse_bad_pictures(
     haystacks,  # `Haystack`s
-    progress: bool = True,  # show a bar
+    progress: bool = True,  # show a bar where it takes more than two seconds
 ) -> None:
     "BadPicture that names every picture that cannot be shown, and what is wrong with each."
     found = check_pictures(haystacks, progress)

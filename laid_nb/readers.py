@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from string import ascii_uppercase
 
-from .haystack import IMAGE, YES_NO, Haystack, Question
+from .haystack import IMAGE, Haystack, Question
 from .vhs import ImageFinder, read_entries, read_field, read_texts, vhs_question, yes_or_no
 
 # %% ../nbs/07aa_readers.ipynb #mmlongbench
@@ -55,8 +55,10 @@ def _content(value, where):
     "The text of a turn; a list of parts, as chat templates take them, is written with placeholders."
     if isinstance(value, str): return value.strip()
     if not isinstance(value, list): raise ValueError(f"{where}: a turn holds a {type(value).__name__}, not a text")
-    parts = [IMAGE if isinstance(p, dict) and p.get("type") == "image" else read_field(p, "text", str, where) for p in value]
-    return "".join(parts).strip()
+    def text(part):
+        image = isinstance(part, dict) and part.get("type") == "image"
+        return IMAGE if image else read_field(part, "text", str, where)
+    return "".join(map(text, value)).strip()
 
 def _turn(turn, where):
     "(role, text) of a turn in either wording."
@@ -68,13 +70,15 @@ def _turn(turn, where):
 
 def _conversation(entry, where):
     "(what the system says, [(question, answer), …]) of an entry; both as texts with placeholders."
-    name = "messages" if isinstance(entry, dict) and "conversations" not in entry and "messages" in entry else "conversations"
+    chat = isinstance(entry, dict) and "messages" in entry and "conversations" not in entry
+    name = "messages" if chat else "conversations"
     turns = [_turn(turn, where) for turn in read_field(entry, name, list, where)]
     system = turns.pop(0)[1] if turns and turns[0][0] == "system" else ""
     roles = [role for role, _ in turns]
     if not turns or roles != ["user", "assistant"]*(len(turns)//2):
         said = ", ".join(roles) or "nothing"
-        raise ValueError(f"{where}: questions and answers do not take turns in {name!r}, from a question to an answer: {said}")
+        raise ValueError(f"{where}: questions and answers do not take turns in {name!r}, "
+                         f"from a question to an answer: {said}")
     if any(IMAGE in text for text in (system, *(text for _, text in turns[1::2]))):
         raise ValueError(f"{where}: {IMAGE} stands in an answer or a system turn: images belong to questions")
     return system, [(question, answer) for (_, question), (_, answer) in zip(turns[::2], turns[1::2])]
@@ -152,7 +156,8 @@ def _load(path):
     if any((here/name).is_file() for name in ("dataset_dict.json", "state.json")): return datasets.load_from_disk(path)
     if here.is_file() and here.suffix not in _KINDS:
         raise ValueError(f"its name ends in none of {', '.join(_KINDS)}")
-    return datasets.load_dataset(_KINDS[here.suffix], data_files=str(here)) if here.is_file() else datasets.load_dataset(path)
+    if here.is_file(): return datasets.load_dataset(_KINDS[here.suffix], data_files=str(here))
+    return datasets.load_dataset(path)
 
 def load_table(
     path: str | Path,  # a folder, a file, or a name on the hub
@@ -179,7 +184,7 @@ def _relative(name, root):
     return os.path.relpath(Path(name).resolve(), Path(root).resolve()) if inside else name
 
 def _picture(cell, picture, find):
-    "One picture of a row: `cell` is a text, a struct of bytes and path, or bytes (arrow); `picture`: its `CellPicture`."
+    "One picture of a row. `cell`: a text, a struct of bytes and path, or bytes (arrow); `picture`: its `CellPicture`."
     if not cell.is_valid: raise ValueError(f"{picture}: there is no picture")
     struct = hasattr(cell, "keys")
     if struct and cell["bytes"].is_valid: return picture
@@ -221,7 +226,8 @@ def _asked(row, columns, where):
     if not isinstance(answers, list) or not len(words) == len(answers) == len(choices):
         raise ValueError(f"{where}: {columns[0]!r} is a list, and {columns[1]!r} is none of the same length")
     for text in words:
-        if not isinstance(text, str) or not text.strip(): raise ValueError(f"{where}: the question is {text!r}, not a text")
+        if not (isinstance(text, str) and text.strip()):
+            raise ValueError(f"{where}: the question is {text!r}, not a text")
     texts = [tuple(map(str, c or ())) for c in choices]
     return [(w.strip(), _choice(a, c, where) if c else _free(a, where), c) for w, a, c in zip(words, answers, texts)]
 

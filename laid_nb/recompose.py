@@ -227,7 +227,8 @@ def __call__(
         inputs[name] = F.pad(inputs[name], (len(self._head), len(first)), value=-1 if name == "image" else 0)
     inputs["input_ids"][0, :len(self._head)] = torch.tensor(self._head)
     inputs["input_ids"][0, shown:] = torch.tensor(first)
-    parts = [(self._tokens(self._lead + q.reply), rest, q.answer is not None) for q, rest in zip(questions, [*later, self._end])]
+    said = [self._tokens(self._lead + q.reply) for q in questions]
+    parts = [(ids, rest, q.answer is not None) for ids, rest, q in zip(said, [*later, self._end], questions)]
     sample = add_replies(inputs, shown, parts, answers=True, family=self.family)
     return sample | {"needles": [list(q.needles) for q in questions], "haystack": haystack}
 
@@ -261,6 +262,12 @@ def has_unlabelled(
     return any(q.answer is None for q in sample.questions[:turns])
 
 # %% ../nbs/07d_recompose.ipynb #recompose
+def _encoder(samples, collator) -> Callable:
+    "Haystack -> sample: from pieces where samples have features; samples without, as of passages, are encoded anew."
+    if any(name in samples[0] for name in FEATURES): return PieceEncoder(samples, collator)
+    return lambda haystack: collator.encode(haystack) | {"haystack": haystack}
+
+
 class Recomposed(torch.utils.data.Dataset):
     "A training set of which a share is put together anew, without labels, whenever it is read. Ours."
     def __init__(
@@ -275,9 +282,7 @@ class Recomposed(torch.utils.data.Dataset):
         self.seed, self.epoch = seed, epoch
         encoded = isinstance(data[0], dict)
         self.pool = PicturePool([s["haystack"] for s in data] if encoded else data)
-        self.encode = lambda haystack: haystack
-        if encoded and any(name in data[0] for name in FEATURES): self.encode = PieceEncoder(data, collator)
-        elif encoded: self.encode = lambda haystack: collator.encode(haystack) | {"haystack": haystack}
+        self.encode = _encoder(data, collator) if encoded else lambda haystack: haystack
 
     def __len__(self): return len(self.data)
 
@@ -286,3 +291,10 @@ class Recomposed(torch.utils.data.Dataset):
         if rng.random() >= self.share: return sample
         questions = len(sample["needles"]) if isinstance(sample, dict) else min(self.turns, len(sample.questions))
         return self.encode(self.pool.haystack(n_images(sample), questions, rng))
+
+# %% ../nbs/07d_recompose.ipynb #is-recomposed
+def is_recomposed(
+    sample,  # a haystack, or an encoded one
+) -> bool:
+    "Whether a sample was put together anew."
+    return getattr(sample.get("haystack") if isinstance(sample, dict) else sample, "id", None) == "recomposed"

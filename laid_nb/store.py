@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_json', 'read_json', 'slug', 'cores',
-           'prepare_process', 'model_path', 'load_model', 'settle_checkpoint', 'save_model', 'short_hash',
-           'model_fingerprint', 'tower_fingerprint', 'hardware', 'versions']
+           'prepare_process', 'model_path', 'quantisation', 'load_model', 'settle_checkpoint', 'save_model',
+           'short_hash', 'model_fingerprint', 'tower_fingerprint', 'weights_fingerprint', 'processor_fingerprint',
+           'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
 import hashlib
@@ -16,7 +17,7 @@ import re
 import shutil
 import tempfile
 from contextlib import contextmanager
-from importlib import metadata
+from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
@@ -117,18 +118,38 @@ def _first_line(
 ) -> str:  # of its message, or the name of its type
     return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
 
+def quantisation(
+    bits: int,  # 4 or 8
+    installed=lambda package: util.find_spec(package) is not None,  # whether a package is
+):  # -> a quantization config of transformers
+    "How this machine can load weights of few bits. `ValueError` naming the package where it cannot."
+    if bits not in (4, 8): raise ValueError(f"weights of {bits} bits: need 4 or 8")
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+    if installed("bitsandbytes"):
+        if bits == 8: return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                                  bnb_4bit_compute_dtype="bfloat16")
+    if bits == 8 and installed("torchao"):
+        from torchao.quantization import Int8WeightOnlyConfig
+        return TorchAoConfig(Int8WeightOnlyConfig())
+    raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
+                     "which is not installed: pip install bitsandbytes")
+
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
+    bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
+    device="cpu",  # where quantised weights go; others are on the CPU
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path, cannot = model_path(name), f"cannot load the model {name!r}"
+    few = dict(quantization_config=quantisation(bits), device_map={"": device}) if bits else {}
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
@@ -314,6 +335,7 @@ def _digest(
     "Hash of names, shapes and up to 4096 spaced values of each tensor."
     digest = hashlib.sha256()
     for name, x in sorted(named):
+        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
         flat = x.detach().flatten()
         values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
@@ -334,8 +356,26 @@ def model_fingerprint(
 def tower_fingerprint(
     model,  # a transformers model
 ) -> str:  # 16 hex digits
-    "Hash of up to 4096 spaced values of each weight of the vision tower."
-    return _digest(model.get_encoder(modality="image").named_parameters())[:16]
+    "Hash of up to 4096 spaced values of each weight that makes image features: vision tower and projector."
+    text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
+    others = {id(p) for part in text for p in part.parameters()}
+    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+
+def weights_fingerprint(
+    model,  # a transformers model
+) -> str:  # 16 hex digits
+    "Hash of configuration and of up to 4096 spaced values of each weight, whatever its processor."
+    config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+    return short_hash(config, _digest(model.named_parameters()))
+
+# %% ../nbs/06a_store.ipynb #processor
+def processor_fingerprint(
+    processor,  # a transformers processor
+) -> str:  # 16 hex digits
+    "Hash of template, tokenizer and all settings."
+    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
+    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
+    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:

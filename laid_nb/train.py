@@ -7,6 +7,7 @@ __all__ = ['LaidConfig', 'Stream', 'as_stream', 'first_samples', 'PictureGuard',
 
 # %% ../nbs/09b_train.ipynb #imports
 import math
+import re
 import tempfile
 import warnings
 from contextlib import ExitStack, contextmanager
@@ -17,23 +18,35 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
+from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from safetensors.torch import save_file
+from torch import nn
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer_utils import get_last_checkpoint
 
+from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
 from .capture import capture
 from .haystack import row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions
 )
-from .losses import METHODS, TERMS, Evidence, check_same_tokens, supervised_rows, total_loss
+from laid_nb.losses import (
+    ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
+)
 from .mixing import FORMS
-from .parts import PARTS, check_parts, make_parts
+from .pair import check_same_reading
+from .parts import PARTS, LoraPart, StreamPart, check_parts, make_parts
 from .patch import patch
 from .pictures import BadPicture
 from .recompose import Recomposed, has_unlabelled
-from .rope import rope_spec
+from .rope import rope_layers, rope_spec
+from laid_nb.shard import (
+    check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
+    place_teacher, read_one_token, uses_fsdp
+)
 from .simulate import WindowSimulation, asked_rows, thinned_factors
-from .store import settle_checkpoint, tokenizer_of
+from .store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
 
 # %% ../nbs/09b_train.ipynb #term-settings
 def _setting(default, help): return field(default=default, metadata={"help": help})
@@ -49,6 +62,7 @@ def _own_settings() -> type:
         fields += _fields(term.options)
     for part in PARTS:
         fields += _fields(part.options)
+    fields += _fields(CACHE_OPTIONS)
     return make_dataclass("OwnSettings", fields)
 
 def _fields(options: dict) -> list[tuple]:
@@ -77,9 +91,23 @@ class LaidConfig(_own_settings(), TrainingArguments):
     recompose: float = _setting(0.0, (
         "Share of samples whose pictures are put together anew whenever they are read, with the teacher's answer as "
         "the only target."))
+    student_dtype: Literal["float32", "bfloat16"] = _setting("float32", (
+        "What the student's weights are kept in while they learn. bfloat16 needs an optimiser that does not round small "
+        "steps away. The result is saved in the dtype that the student was given in. A base under LoRA stays as given."))
+    student_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the student quantised, as a base for LoRA (QLoRA). 0 is off. Needs bitsandbytes, or torchao for 8."))
+    save_adapter: bool = _setting(False, (
+        "Save the LoRA adapters at the end as peft does, instead of the whole student with the adapters merged."))
+    teacher_placement: str = _setting("same", (
+        "Where the teacher is: same (the student's device), shard (in pieces on all devices), auto (whole layers over "
+        "the devices of one process), cpu, or a device such as cuda:1."))
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _setting("auto", (
+        "What the teacher's weights are loaded in; auto is the checkpoint's."))
+    teacher_bits: Literal[0, 4, 8] = _setting(0, (
+        "Load the teacher quantised. 0 is off. Needs bitsandbytes, or torchao for 8."))
     on_bad_image: Literal["fail", "skip"] = _setting("fail", (
-        "What is done where a picture cannot be shown in the middle of a training: save a checkpoint and stop (fail), or "
-        "leave the haystack out (skip)."))
+        "What is done where a picture cannot be shown in the middle of a training: save a checkpoint and stop (fail), "
+        "or leave the haystack out (skip)."))
     learning_rate: float = _setting(1e-5, "Learning rate of the student.")
     num_train_epochs: float = _setting(10.0, "Passes over the haystacks.")
     per_device_train_batch_size: int = _setting(1, "Haystacks per device and micro-batch.")
@@ -90,7 +118,11 @@ class LaidConfig(_own_settings(), TrainingArguments):
     remove_unused_columns: bool = _setting(False, "Must stay off: samples are haystacks, not columns.")
 
     def __post_init__(self):
+        check_environment(self.deepspeed, self.fsdp)
         super().__post_init__()
+        if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
+            given = self.accelerator_config.gradient_accumulation_kwargs or {}
+            self.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True} | given
         check_config(self)
 
 # %% ../nbs/09b_train.ipynb #weights
@@ -160,14 +192,44 @@ def check_config(config: LaidConfig) -> None:
         raise ValueError("persistent workers would read the first epoch's recomposed samples for ever: leave "
                          "dataloader_persistent_workers off")
     if config.lora_rank < 0: raise ValueError(f"lora_rank is {config.lora_rank}: need a rank, or 0 for none")
-    if config.lora_rank and config.gains:
-        raise ValueError("a gain folds into the weights and would not reach the adapters: "
-                         "use lora_rank=0 or gain=False")
     if config.label_smoothing_factor:
         raise ValueError("label_smoothing_factor is not a part of Eq. 8: leave it at 0")
     if (config.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
         raise ValueError("reentrant gradient checkpointing gives captured queries and keys no gradient: "
                          "leave use_reentrant off")
+    if config.fsdp:
+        check_fsdp(config.fsdp_config.get("version", 2), config.fsdp_plugin_args["cpu_ram_efficient_loading"])
+    check_placement(config.teacher_placement)
+    _check_student_dtype(config)
+    _check_adapters(config)
+    check_cache(config)
+
+# %% ../nbs/09b_train.ipynb #dtype
+_BF16_SAFE = {  # optimiser -> the argument that makes it so
+    "adamw_torch_8bit": "bf16_stochastic_round", "adamw_torch_4bit": "bf16_stochastic_round",
+    "adamw_anyprecision": "use_kahan_summation", "stable_adamw": "kahan_sum"}
+
+def _check_student_dtype(config: LaidConfig) -> None:
+    "`ValueError` for weights of half precision that would not move, or hardly."
+    if config.student_dtype == "float32": return
+    if config.student_dtype != "bfloat16":
+        raise ValueError(f"student_dtype is {config.student_dtype!r}: need float32 or bfloat16")
+    needed = _BF16_SAFE.get(str(getattr(config.optim, "value", config.optim)))
+    if needed is None or f"{needed}=true" not in (config.optim_args or "").lower():
+        ways = "; ".join(f"optim {optim} with optim_args {arg}=True" for optim, arg in _BF16_SAFE.items())
+        raise ValueError("weights kept in bfloat16 stand still where a step is smaller than they can show: use "
+                         f"student_dtype float32, or one of: {ways}")
+
+def _check_adapters(config: LaidConfig) -> None:
+    "`ValueError` for what needs adapters and has none, or could not be saved as such."
+    for name in ("student_bits", "save_adapter"):
+        if getattr(config, name) and not config.lora_rank:
+            raise ValueError(f"{name} needs LoRA adapters to train: give lora_rank")
+    if config.save_adapter and config.gains:
+        raise ValueError("a gain is no low-rank difference and would be missing from the adapters: "
+                         "use save_adapter=False or gain=False")
+    if config.teacher_bits and config.teacher_placement not in ("same", "cpu"):
+        raise ValueError(f"a quantised teacher cannot be placed at {config.teacher_placement!r}: use same or cpu")
 
 # %% ../nbs/09b_train.ipynb #schedule
 def step_generator(
@@ -207,16 +269,25 @@ def _check_run(
         _check_stream(args)
     elif len(data) == 0:
         raise ValueError("no haystack to train on")
-    for i, sample in enumerate(data if not isinstance(data, Stream) else ()):
+    for i, sample in enumerate(getattr(data, "haystacks", data) if not isinstance(data, Stream) else ()):
         if not args.teaches and has_unlabelled(sample, turns):
             raise ValueError(f"sample {i} has questions that nobody has answered, and no term but SFT counts: "
                              "give their answers, or use method kd or laid")
     if args.n_gpu > 1:
         raise ValueError(f"{args.n_gpu} devices in one process: "
                          "start one process each, with torchrun or accelerate launch")
-    if args.fsdp or args.deepspeed:
-        raise ValueError("FSDP and DeepSpeed would split the heads that Eq. 7 compares: "
-                         "use one device or plain data parallel")
+
+# %% ../nbs/09b_train.ipynb #own-tokens
+class _OwnTokens(TrainerCallback):
+    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
+    def __init__(self, model):
+        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
+        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
+        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+
+    def on_train_begin(self, *args, **kwargs):
+        for config, name, value in self.own:
+            setattr(config, name, value)
 
 # %% ../nbs/09b_train.ipynb #stream
 def _sample(item): return row_haystack(item) if isinstance(item, dict) and "questions" in item else item
@@ -256,7 +327,7 @@ def first_samples(
 def _check_stream(args):
     "`ValueError` for settings that need a length, or would read a stream several times."
     if args.max_steps <= 0: raise ValueError("a stream of haystacks has no length: set max_steps")
-    if args.recompose: raise ValueError("recompose puts pictures of a whole pool together: it needs a list, not a stream")
+    if args.recompose: raise ValueError("recompose puts pictures of a whole pool together: it needs a list, no stream")
     if args.dataloader_num_workers > 1:
         raise ValueError(f"each of {args.dataloader_num_workers} reader processes would read the whole stream: "
                          "set dataloader_num_workers to 0 or 1")
@@ -312,7 +383,7 @@ class LaidTrainer(Trainer):
         train_dataset,  # haystacks, or samples from `precompute`: a list, or any iterable of them (with max_steps)
         processing_class,  # the student's processor; saved with it
         teacher=None,  # the anchor, read only; not needed for method "sft"
-        teacher_processing_class=None,  # its processor, to compare the tokenizers; None: it is the student's
+        teacher_processing_class=None,  # its processor, to see that both read the same; None: it is the student's
         simulation: WindowSimulation | None = None,  # how short samples are read as long ones; None: as they are
         **kwargs,  # further arguments of Trainer, such as callbacks, data_collator or eval_dataset
     ):
@@ -321,48 +392,74 @@ class LaidTrainer(Trainer):
         train_dataset = as_stream(train_dataset)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         _check_run(args, train_dataset, teacher, collator.turns)
-        rope_spec(model, model.config.get_text_config().num_hidden_layers - 1)  # refuses a model without RoPE
+        rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
         if self.teacher is not None:
             check_pair(model, teacher, *map(tokenizer_of, (processing_class, teacher_processing_class)))
-            _freeze(teacher, args.device)
+            if teacher_processing_class is not None:
+                check_same_reading(processing_class, teacher_processing_class)
+            place_teacher(teacher, args.teacher_placement, args.device)
         if self.simulates or self.simulation.thin or args.layers == "needle":
             check_among(model)
         tower = model.get_encoder(modality="image")
         if tower is not model:
             tower.requires_grad_(False)
+        self.kind, self.given_dtype = type(model), model.dtype
+        if not args.lora_rank:
+            model.to(torch.bfloat16 if args.student_dtype == "bfloat16" else
+                     torch.promote_types(model.dtype, torch.float32))
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
-        self.sizes = [] if isinstance(train_dataset, Stream) else [n_images(s) for s in train_dataset]
+        self.begun, self.resumed = False, None  # resumed: the checkpoint that the run goes on from
+        stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
+        self.sizes = [n_images(s) for s in stacks]
+        train_dataset = self._use_caches(args, model, processing_class, train_dataset, kwargs["data_collator"])
         if args.recompose:
             seed = args.data_seed or args.seed
             train_dataset = Recomposed(train_dataset, args.recompose, collator, seed, lambda: self.epoch)
         own = dict(vars(model.config))
+        quantised = is_quantised(model)
+        if quantised and args.lora_rank:
+            model._hf_peft_config_loaded = True  # the mark by which Trainer sees that adapters are there
         super().__init__(model, args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
+        if quantised:
+            model._hf_peft_config_loaded = False  # with it, only adapters would be saved
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
         if "use_cache" in own:
             model.config.use_cache = own["use_cache"]
         self.add_callback(_OwnTokens(model))
-        self.model_accepts_loss_kwargs = False  # each micro-batch is a mean: Trainer divides by their number
+        self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
+        if self.accelerator.ddp_handler is not None:
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
 
-class _OwnTokens(TrainerCallback):
-    "Take back what `Trainer.train` writes into the configs of a model: special tokens, by its tokenizer."
-    def __init__(self, model):
-        configs, names = (model.config.get_text_config(), model.generation_config), ("bos", "eos", "pad")
-        own = [(config, f"{name}_token_id") for config in configs if config is not None for name in names]
-        self.own = [(config, name, getattr(config, name)) for config, name in own if hasattr(config, name)]
+# %% ../nbs/09b_train.ipynb #caches
+def _check_caches(args: LaidConfig, model, teacher, simulates: bool) -> None:
+    "`ValueError` for what cannot be kept; a warning for what will rarely be found."
+    text = {id(p) for part in (model.get_decoder(), model.get_output_embeddings()) for p in part.parameters()}
+    moving = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in text]
+    if args.feature_cache and moving:
+        raise ValueError(f"{moving[0]} is trained, so what it makes of pictures changes: leave feature_cache out")
+    if not has_body(teacher) and args.recompose:
+        raise ValueError("recomposed samples are new each time, and of this teacher there is only the head: "
+                         "give the teacher itself, or use recompose=0")
+    if args.teacher_cache and simulates:
+        warnings.warn("window simulation draws positions anew at every step, and the teacher's answers depend on them: "
+                      "the teacher cache serves other runs of the same seed, steps and batches, and no other epoch")
 
-    def on_train_begin(self, *args, **kwargs):
-        for config, name, value in self.own:
-            setattr(config, name, value)
-
-def _freeze(
-    teacher,  # a transformers model
-    device,  # where it is to be, unless it is spread over several already
-) -> None:
-    "A teacher that is read only."
-    teacher.requires_grad_(False).eval()
-    if getattr(teacher, "hf_device_map", None) is None:
-        teacher.to(device)
+@patch
+def _use_caches(self: LaidTrainer, args: LaidConfig, model, processor, data, guard: PictureGuard):
+    "The training set, with features from `feature_cache`; and the teacher cache, with its collator in the guard."
+    self.cached, collator = None, guard.collator
+    if (args.feature_cache or args.teacher_cache) and isinstance(data, Stream):
+        raise ValueError("what is kept belongs to a list of samples, not to a stream: leave the caches out")
+    _check_caches(args, model, self.teacher, self.simulates)
+    if args.feature_cache and not isinstance(data[0], dict):
+        share, teacher = (args.process_index, args.world_size), self.teacher if has_body(self.teacher) else None
+        data = precompute(data, collator, model, teacher, not args.disable_tqdm, args.feature_cache, share)
+        args.distributed_state.wait_for_everyone()
+    if args.teacher_cache:
+        self.cached = TeacherCache(args, self.teacher, processor, data, collator)
+        guard.collator = KeyedCollator(collator)
+    return data
 
 # %% ../nbs/09b_train.ipynb #bad-pictures
 @patch
@@ -423,38 +520,97 @@ def start(self: LaidTrainer) -> None:
     training = self.model.training
     with self.accelerator.autocast():
         self.model.eval()
-        for part in self.parts:
-            part.start(batches)
+        if self.cached is None:
+            self._begin(batches)
+        else:
+            measured = [part for part in self.parts if part.measured]
+            self.cached.start(self.model, measured, batches, lambda: self._begin(batches))
         self.model.train(training)
+    self.begun = True
 
+@patch
+def _begin(self: LaidTrainer, batches: list[dict]) -> None:
+    "Let every part measure what it starts from."
+    for part in self.parts:
+        part.start(batches)
+
+@patch
+def begin(self: LaidTrainer) -> None:
+    "Once the engine has prepared the student: the parts start or go on, and learn with it."
+    if is_sharded(self.model):
+        read_one_token(self.model)
+        groups = self.optimizer.param_groups  # a sharded checkpoint knows a group by the names of its parameters
+        self.optimizer.param_groups = [group for group in groups if group["params"]]
+    if self.resumed:
+        self.restore(self.resumed)
+    elif self.parts and not self.begun:
+        self.start()
+    known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
+    more = [p for p in self.more_parameters if id(p) not in known]
+    if more:
+        group = {"params": more, "lr": self.args.mixing_learning_rate, "weight_decay": 0.0}
+        self.optimizer.add_param_group(group)
+
+@patch
+def create_scheduler(self: LaidTrainer, num_training_steps, optimizer=None):
+    "As Trainer does, which asks for it when the engine has prepared the student."
+    self.begin()
+    return super(LaidTrainer, self).create_scheduler(num_training_steps, optimizer)
+
+@patch(as_prop=True)
+def more_parameters(self: LaidTrainer) -> list[nn.Parameter]:  # outside the student; whole on every process
+    return [p for part in self.parts for p in part.parameters()]
+
+# %% ../nbs/09b_train.ipynb #train-run
 @patch
 def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
     "Train; a path, or True for the last checkpoint in `output_dir`, goes on where that stopped."
     for part in self.spent:
         raise RuntimeError(part.again)
-    if self.parts and not resume_from_checkpoint:
-        self.start()
-    try:
-        result = super(LaidTrainer, self).train(resume_from_checkpoint, **kwargs)
-    except BadPicture:
-        if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
-            self.keep_trained()
-        raise
-    for part in self.parts:
-        part.finish()
-    self.spent = [part for part in self.parts if part.again]
-    self.parts = [part for part in self.parts if not part.again]
+    if resume_from_checkpoint is True:
+        resume_from_checkpoint = get_last_checkpoint(self.args.output_dir)
+        if resume_from_checkpoint is None: raise ValueError(f"{self.args.output_dir} holds no checkpoint to go on from")
+    self.resumed, self.begun = resume_from_checkpoint or None, False
+    with self.company():
+        try:
+            result = super(LaidTrainer, self).train(self.resumed, **kwargs)
+        except BadPicture:
+            if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
+                self.keep_trained()
+            raise
+        self.finish()
     return result
 
 @patch
-def create_optimizer(self: LaidTrainer, model=None):
-    "The student's parameters at `learning_rate`, those of the parts at `mixing_learning_rate`."
-    new, more = self.optimizer is None, [p for part in self.parts for p in part.parameters()]
-    super(LaidTrainer, self).create_optimizer(model)
-    if new and more:
-        group = {"params": more, "lr": self.args.mixing_learning_rate, "weight_decay": 0.0}
-        self.optimizer.add_param_group(group)
-    return self.optimizer
+def finish(self: LaidTrainer) -> None:
+    "After the last step: parts that can be are put into the student."
+    parts = [part for part in self.parts if part.in_weights]
+    own = full_state(self.model) if parts else {}
+    for part in reversed(parts if own else []):
+        own = part.stock(own)
+    for part in self.parts:
+        part.finish()
+    if is_quantised(self.model):
+        self.model.dequantize(self.given_dtype)  # few bits could not hold what was learnt
+    if parts:
+        load_full_state(self.model, own)
+    self.spent = [part for part in self.parts if part.again]
+    self.parts = [part for part in self.parts if not part.again]
+
+@patch
+@contextmanager
+def company(self: LaidTrainer):
+    """What several processes do together. A process that fails says so and ends, without waiting for the others;
+    those get no answer any more, and `RuntimeError` says why."""
+    try:
+        yield
+    except RuntimeError as e:
+        if self.accelerator.num_processes == 1 or not _LOST.search(str(e)): raise
+        raise RuntimeError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer from "
+                           f"another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: what it "
+                           "says itself is the cause") from e
+
+_LOST = re.compile("[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|[Bb]roken pipe|NCCL")
 
 # %% ../nbs/09b_train.ipynb #step
 @patch
@@ -476,7 +632,7 @@ def captured(self: LaidTrainer):
 def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
     "A micro-batch; `place` says which of which step."
     self.check_read(inputs)
-    step, more = self.state.global_step, [p for part in self.parts for p in part.parameters()]
+    step, more = self.state.global_step, self.more_parameters
     first = self.place is None or self.place[0] != step
     self.place = (step, 0) if first else (step, self.place[1] + 1)
     if first:
@@ -489,6 +645,37 @@ def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
     return loss
+
+@patch
+def _get_num_items_in_batch(self: LaidTrainer, batch_samples, device):  # -> float64 [items], see `count_items`
+    "The items of every term in the whole step, over all its micro-batches and processes."
+    if not batch_samples: return None
+    read = [batch for batch in batch_samples if "bad_picture" not in batch]  # those are refused when their turn comes
+    counts = count_items(read) if read else torch.zeros(len(ITEMS), dtype=torch.float64)
+    return self.accelerator.reduce(counts.to(device), "sum")
+
+@patch
+def shares(
+    self: LaidTrainer,
+    inputs: dict,  # micro-batch, on the device
+    items: torch.Tensor | None,  # of the whole step, [items]; None: this micro-batch is all there is
+) -> dict[str, float]:  # name of an item -> what this micro-batch has of them
+    "How much a micro-batch counts. Engines average over processes, so it is times their number."
+    if items is None: return dict.fromkeys(ITEMS, 1.0)
+    own = count_items([inputs]).to(items)*self.accelerator.num_processes/items.clamp(min=1)
+    return dict(zip(ITEMS, own.tolist()))
+
+# %% ../nbs/09b_train.ipynb #clip
+@patch
+def _clip_grad_norm(self: LaidTrainer, model):
+    "Clip the gradients of the student and of the parts together; their norm before."
+    every = [*model.parameters(), *self.more_parameters]
+    return self.accelerator.clip_grad_norm_(every, self.args.max_grad_norm or math.inf)
+
+@patch
+def _get_grad_norm(self: LaidTrainer, model, grad_norm=None):
+    "The norm of all gradients, measured where it was not clipped."
+    return self._clip_grad_norm(model) if grad_norm is None else grad_norm
 
 # %% ../nbs/09b_train.ipynb #reading
 @patch
@@ -515,7 +702,17 @@ def read_teacher(
     bias,  # factors of the bias that it reads with, or None
     rows: torch.Tensor,  # bool [batch, tokens]: whose logits are wanted
 ) -> dict[str, torch.Tensor]:  # `logits` [rows, vocabulary], and what each part has `heard`
-    "All that the teacher contributes to a micro-batch."
+    "All that the teacher contributes to a micro-batch: read, or found where it was kept."
+    if self.cached is None: return self.ask_teacher(inputs, how, bias, rows)
+    streams = any(isinstance(part, StreamPart) for part in self.parts)
+    self.cached.open(sorted({t for part in self.parts for _, t in part.pairs}), streams)
+    with torch.no_grad(), self.accelerator.autocast():
+        return self.cached.read(inputs, how["logits_to_keep"], rows, how["position_ids"], bias,
+                                lambda: self.ask_teacher(inputs, how, bias, rows))
+
+@patch
+def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    "A forward pass of the teacher, as for `read_teacher`."
     self.caches[1].bias = bias
     with torch.no_grad(), self.accelerator.autocast():
         logits = self.teacher(**image_inputs(self.teacher, inputs, "teacher"), **how).logits
@@ -574,10 +771,13 @@ def compute_loss(self: LaidTrainer, model, inputs, return_outputs=False, num_ite
     "Eq. 8 for one micro-batch; to be called while `captured`."
     answers, pairs, outputs = self.evidence(model, inputs)
     terms = self.terms(answers, pairs)
+    shares = self.shares(inputs, num_items_in_batch)
+    terms = {name: shares[TERMS[name].per]*term for name, term in terms.items()}
     loss = total_loss(terms, self.args.weights)
     if self.model.training:
         for name, term in terms.items():
-            self.sums.setdefault(f"loss_{name}", []).append(term.detach())
+            self.sums[f"loss_{name}"] = self.sums.get(f"loss_{name}", 0) + term.detach()
+        self.sums.setdefault("steps", set()).add(self.state.global_step)
     return (loss, outputs) if return_outputs else loss
 
 # %% ../nbs/09b_train.ipynb #log
@@ -592,8 +792,8 @@ def prediction_step(self: LaidTrainer, model, inputs, prediction_loss_only, igno
 def log(self: LaidTrainer, logs, start_time=None):
     "Adds the mean of each term since the last log, unweighted: `loss_sft`, `loss_kl`, … by the names of `TERMS`."
     if "loss" in logs:
-        means = {name: torch.stack(values).mean() for name, values in self.sums.items()}
-        logs |= {name: self.accelerator.reduce(mean, "mean").item() for name, mean in means.items()}
+        steps = len(self.sums.pop("steps", ()))
+        logs |= {name: self.accelerator.reduce(total/steps, "mean").item() for name, total in self.sums.items()}
         self.sums.clear()
     super(LaidTrainer, self).log(logs, start_time)
 
@@ -601,29 +801,100 @@ def log(self: LaidTrainer, logs, start_time=None):
 @patch
 def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
     "A stock checkpoint of student and processor, every part put into its weights; beside it the file of each part."
-    folder = Path(output_dir or self.args.output_dir)
-    with ExitStack() as stack:
-        for part in self.parts:
-            stack.enter_context(part.stock())
-        super(LaidTrainer, self).save_model(output_dir, _internal_call)
+    folder, own, files = Path(output_dir or self.args.output_dir), full_state(self.model), {}
+    if self.args.should_save:
+        for part in reversed(self.parts):
+            files[part.file] = part.state(own)
+            own = part.stock(own)
+        if not _internal_call:
+            own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
+        self._save(folder, own)
+        settle_checkpoint(folder, self.model, self.processing_class)
+        _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)
+        for name, state in files.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
+    if self.args.push_to_hub and not _internal_call:
+        self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+@patch
+def save_student(
+    self: LaidTrainer,
+    folder,  # to be made
+    base: str = "",  # name of the model that adapters are for, where `save_adapter` asks for those alone
+) -> None:
+    "What came of the training, whole or not at all; every process must call this."
+    own = full_state(self.model)
     if not self.args.should_save: return
-    settle_checkpoint(folder, self.model, self.processing_class)
-    for part in self.parts:
-        save_file({k: v.detach().cpu().contiguous() for k, v in part.state().items()}, folder/part.file)
+    with atomic_write(folder) as part:
+        if self.args.save_adapter:
+            self.part(LoraPart).save_adapter(part, base)
+            self.processing_class.save_pretrained(part)
+            return
+        own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
+        self.model.save_pretrained(part, state_dict=own)
+        self.processing_class.save_pretrained(part)
+        settle_checkpoint(part, self.model, self.processing_class)
+        _write_dtype(part, self.given_dtype)
 
+def _write_dtype(
+    folder: Path,  # of a checkpoint
+    dtype: torch.dtype,  # of its weights
+) -> None:
+    "Say in config.json what the weights are in: the model in memory may have another dtype, or be quantised."
+    config = read_json(folder/"config.json")
+    parts = [x for x in (config, *config.values()) if isinstance(x, dict) and "dtype" in x]
+    name = str(dtype).removeprefix("torch.")
+    if config.pop("quantization_config", None) is None and all(part["dtype"] == name for part in parts): return
+    for part in parts:
+        part["dtype"] = name
+    write_json(folder/"config.json", config)
+
+# %% ../nbs/09b_train.ipynb #restore
 @patch
-def _load_from_checkpoint(self: LaidTrainer, resume_from_checkpoint, model=None):
+def restore(
+    self: LaidTrainer,
+    folder,  # of a checkpoint
+) -> None:
     "Student and parts from a checkpoint. ValueError where it holds other parts than this training has."
-    folder = Path(resume_from_checkpoint)
-    saved = type(self.model).from_pretrained(folder, dtype="auto").state_dict()
+    folder = Path(folder)
     check_parts(folder, self.parts)
-    if not any(part.holds_student for part in self.parts):
-        self.model.load_state_dict(saved)
     for part in self.parts:
-        part.load_state(folder, saved)
+        part.load_state(folder)
+    own, saved = full_state(self.model), {}
+    if own:
+        saved = self.kind.from_pretrained(folder, dtype="auto").state_dict()
+        for part in self.parts:
+            saved = part.unstock(folder, saved, own)
+    load_full_state(self.model, saved, strict=not self.args.lora_rank)
 
 @patch
-def _load_best_model(self: LaidTrainer): self._load_from_checkpoint(self.state.best_model_checkpoint)
+def _load_from_checkpoint(self: LaidTrainer, resume_from_checkpoint, model=None): "`begin` does it, for every engine."
+
+@patch
+def _load_best_model(self: LaidTrainer): self.restore(self.state.best_model_checkpoint)
+
+# %% ../nbs/09b_train.ipynb #sharded-optimizer
+@patch(as_prop=True)
+def learners(self: LaidTrainer) -> nn.ModuleDict:  # all that the optimiser has, under one roof
+    return nn.ModuleDict({"student": self.model, "parts": nn.ParameterList(self.more_parameters)})
+
+@patch
+def _save_optimizer_and_scheduler(self: LaidTrainer, output_dir):
+    "As Trainer does; of a sharded student each process saves its pieces."
+    if not is_sharded(self.model): return super(LaidTrainer, self)._save_optimizer_and_scheduler(output_dir)
+    plugin = self.accelerator.state.fsdp_plugin
+    save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.learners, output_dir)
+    if self.args.should_save:
+        torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+@patch
+def _load_optimizer_and_scheduler(self: LaidTrainer, checkpoint):
+    "As Trainer does; of a sharded student each process reads its pieces."
+    if checkpoint is None or not is_sharded(self.model):
+        return super(LaidTrainer, self)._load_optimizer_and_scheduler(checkpoint)
+    plugin = self.accelerator.state.fsdp_plugin
+    load_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.learners, checkpoint)
+    self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 # %% ../nbs/09b_train.ipynb #quiet
 def quiet_training(

@@ -154,7 +154,8 @@ class ImageFinder:
         try:
             if not place.is_dir() or not place.resolve().is_relative_to(self.real): return frozenset()
             with os.scandir(place) as entries:
-                return frozenset(e.name for e in entries if e.is_file(follow_symlinks=False) and not {*"\\:"} & {*e.name})
+                names = [entry.name for entry in entries if entry.is_file(follow_symlinks=False)]
+            return frozenset(name for name in names if not re.search(r"[\\:]", name))
         except (OSError, RuntimeError):  # `image_file` says what is wrong
             return frozenset()
 

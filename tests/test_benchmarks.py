@@ -9,7 +9,8 @@ import pytest
 FOLDER = Path(__file__).parent.parent/"benchmarks"
 
 
-@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("inspector", "median ms")])
+@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("cache", "kept"), ("inspector", "median ms"),
+                                          ("gpu", "SFT + KL, dense logits")])
 def test_quick_run_prints_a_table_and_writes_nothing(name, column):
     results = FOLDER.parent/"data/results"
     before = {p: p.stat().st_mtime_ns for p in results.iterdir()}
@@ -19,6 +20,6 @@ def test_quick_run_prints_a_table_and_writes_nothing(name, column):
 
 
 def test_tables_hold_what_was_measured():
-    done = subprocess.run([sys.executable, "-c", "import tables; print(tables.steps() + '\\n' + tables.parts(), end='')"], capture_output=True, text=True, cwd=FOLDER)
+    done = subprocess.run([sys.executable, "-c", "import tables; print(tables.steps() + '\\n' + tables.parts() + '\\n' + tables.peers(), end='')"], capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (FOLDER.parent/"data/results/bench.md").read_text(encoding="utf-8")

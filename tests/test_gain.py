@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from laid_nb.capture import capture
-from laid_nb.gain import RopeGain, fold_gain, folded, folded_parameters, plot_gain, rope_gains
+from laid_nb.gain import RopeGain, fold_gain, folded_parameters, folded_state, gain_folds, plot_gain, rope_gains
 from laid_nb.rope import RopeSpec, rope_spec
 
 TEXT = dict(vocab_size=60, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8, max_position_embeddings=64,
@@ -28,9 +28,12 @@ NAMED = dict(   # the families that the notebook names
 OTHERS = dict(
     glm=TEXT | dict(partial_rotary_factor=.5, attention_bias=True),              # neighbours pair up, half of the head turns
     olmo2=TEXT, phi3=TEXT | dict(partial_rotary_factor=.5), qwen3=TEXT, hunyuan_v1_dense=TEXT,
-    cohere=TEXT | dict(use_qk_norm=True, logit_scale=1.), phi=TEXT | dict(qk_layernorm=True, partial_rotary_factor=.5), smollm3=TEXT | dict(no_rope_layers=[1, 0]))
+    cohere=TEXT | dict(use_qk_norm=True, logit_scale=1.), phi=TEXT | dict(qk_layernorm=True, partial_rotary_factor=.5), smollm3=TEXT | dict(no_rope_layers=[1, 0]),
+    cohere2=TEXT | dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"]),  # no RoPE in the full layer
+    exaone4=TEXT | dict(sliding_window=4, sliding_window_pattern=2, layer_types=["sliding_attention", "full_attention"]))
 FAMILIES = NAMED | OTHERS
-HEADS = dict.fromkeys(("qwen3_vl", "gemma3", "qwen3", "hunyuan_v1_dense", "phi"), 1)
+HEADS = dict.fromkeys(("qwen3_vl", "gemma3", "qwen3", "hunyuan_v1_dense", "phi", "exaone4"), 1)
+NOPE = "smollm3", "cohere2", "exaone4"  # their layer 1 has no RoPE
 
 def build(family, dtype=torch.float32, **change):
     "A random model of `family`, sdpa, whose biases and norms are not at their defaults."
@@ -101,7 +104,7 @@ def test_wrong_queries_are_refused(shape):
 def test_as_many_heads_as_can_be_folded(family):
     model = build(family)
     gains = rope_gains(model)
-    assert list(gains) == (["0"] if family == "smollm3" else ["0", "1"])                     # SmolLM3 has layers without RoPE
+    assert list(gains) == (["0"] if family in NOPE else ["0", "1"])
     for layer, gain in gains.items(): assert gain.gain().shape == (HEADS.get(family, 4), len(rope_spec(model, int(layer)).inv_freq))
     inputs = text()
     before = logits(model, inputs)
@@ -263,6 +266,16 @@ def test_families_that_cannot_fold_are_refused(family, settings, message):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **settings))
     with pytest.raises(ValueError, match=message): rope_gains(model)
 
+@pytest.mark.parametrize("family", NOPE)
+def test_layers_without_rope_are_skipped_with_a_word(family):
+    with pytest.warns(UserWarning, match="without RoPE: 1"): gains = rope_gains(build(family))
+    assert list(gains) == ["0"]
+    with pytest.raises(ValueError, match="layer 1 .* has no self-attention with RoPE"): rope_gains(build(family), [1])
+
+def test_a_model_without_rope_has_no_gain():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("opt", vocab_size=60, hidden_size=32, ffn_dim=32, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32))
+    with pytest.raises(ValueError, match="no layer of OPTForCausalLM"): rope_gains(model)
+
 def test_a_norm_that_is_not_a_scale_is_refused():
     class Odd(torch.nn.Module):
         def __init__(self):
@@ -299,16 +312,15 @@ def test_folding_under_its_own_capture_is_refused():
         fold_gain(model, gains)
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "gemma3"])
-def test_folded_for_a_while(family):
+def test_a_folded_state_dict_is_the_folded_model(family):
     model, inputs = build(family), text()
     gains, before = shake(rope_gains(model)), {n: p.clone() for n, p in model.named_parameters()}
     with capture(model, [], gain=gains): expected = logits(model, inputs)
-    for _ in range(2):                                                                       # as often as there are checkpoints
-        with pytest.raises(ZeroDivisionError), folded(model, gains) as kept:
-            torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-5)
-            assert list(kept) == list(folded_parameters(model, gains)) and all(torch.equal(kept[n], before[n]) for n in kept)
-            1 / 0
-        assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    stock = folded_state(model.state_dict(), gain_folds(model, gains))
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())               # the model goes on as it is
+    assert [n for n in before if not torch.equal(before[n], stock[n])] == list(folded_parameters(model, gains))
+    model.load_state_dict(stock)
+    torch.testing.assert_close(logits(model, inputs), expected, rtol=0, atol=1e-5)
 
 def test_half_precision_weights_round_once():
     "Folded bfloat16 weights are the float32 product, rounded."

@@ -160,7 +160,7 @@ def test_a_text_answer_is_labelled(processor):
 
 def test_a_template_that_rewrites_turns_is_refused(processor):
     class Rewriting:
-        image_token, tokenizer = processor.image_token, processor.tokenizer
+        image_token, tokenizer, chat_template = processor.image_token, processor.tokenizer, processor.chat_template
         def __call__(self, *a, **k): return processor(*a, **k)
         def apply_chat_template(self, chat, **named): return f"{len(chat)} messages\n" + processor.apply_chat_template(chat, **named)
     with pytest.raises(ValueError, match="turn 0"): encode(Rewriting(), picture_haystack(0, 2), [0])
