@@ -300,6 +300,8 @@ def simulate_step(
 ) -> dict[str, Counter]:  # phase -> kind -> bytes alive at its peak, beside weights
     "What a micro-batch needs beside weights, gradients and optimiser states, without numbers. Ours."
     total, settings = student.get_text_config().num_hidden_layers, copy.copy(args)
+    for name in [name for name in _BY_BLOCKS if args.weights.get(name)]:
+        setattr(settings, f"lambda_{name}", 0.0)
     explicit = args.layers not in ("last", "depth", "best", "needle")
     pairs = len(args.layers.split(",")) if explicit else 1
     settings.layers = "depth" if args.layers in ("depth", "best") or pairs > 1 else "last"
@@ -312,7 +314,7 @@ def simulate_step(
     if pairs == 1 or pairs == total: return grown
     settings.layers = "last"
     one = {phase: _extended(a, b, total) for (phase, a), b in zip(phases(2).items(), phases(3).values())}
-    share = (pairs - 1)/(total - 1)
+    share = (pairs - 1)/max(1, total - 1)
     return {phase: Counter({k: round(one[phase][k] + share*(grown[phase][k] - one[phase][k]))
                             for k in {*one[phase], *grown[phase]}}) for phase in grown}
 
@@ -475,12 +477,13 @@ def _placed(args, cards: Cards, sizes: _Sizes, width: int) -> tuple[int, dict]:
 
 def _standing(args, cards: Cards, own: _Sizes, width: int) -> dict[str, float]:  # width: bytes of a student's number
     "Bytes on each card that stand there always."
+    base = _weight_bytes(own, width, getattr(args, "student_bits", 0))
     pieces, trained = cards.count if args.fsdp else 1, 4 if args.lora_rank else width
     kinds = {"student: weights": (own.whole - own.trained)*width + own.trained*trained,
              "student: gradients": own.trained*trained,
              "student: optimizer states": own.trained*_state_bytes(args.optim, trained)}
     if args.lora_rank:
-        kinds["student: weights"] = own.whole*width + own.trained*trained
+        kinds["student: weights"] = base + own.trained*trained
     kinds = {kind: size/pieces for kind, size in kinds.items()}
     return kinds | ({"gathered by FSDP": 2*own.gathered*2} if args.fsdp and pieces > 1 else {})
 
