@@ -40,7 +40,7 @@ def _trials(
     scaling,  # factor of the logits
 ):
     'Queries, keys and values to try an attention function on -> {"flat": (q, k, v), "steep": (q, k, v)} (ours).'
-    drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
+    drawn = torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(query)
     level = torch.arange(key.shape[2], device=key.device) * 7 % 16
     steep_query, steep_key = torch.zeros_like(query), torch.zeros_like(key)
     steep_query[..., 0], steep_key[..., 0] = 64 / scaling, level.to(key)
