@@ -300,7 +300,7 @@ def on_cpu(
     processor,
 ) -> list[dict]:
     "Ours and the peers' at cut widths, side by side."
-    shapes = CUT if not args.quick else {k: replace(v, vocabulary=4096) for k, v in CUT.items()}
+    shapes = CUT if not args.quick else {k: replace(v, vocabulary=4096, layers=2) for k, v in CUT.items()}
     student, teacher = (model(shape, processor, "cpu") for shape in shapes.values())
     rows, widths = [], {name: shape.hidden for name, shape in shapes.items()}
     for tokens in [256] if args.quick else args.tokens or (512, 1024, 2048):
