@@ -394,7 +394,7 @@ def _load_start(folder: TensorFolder, key: str, parts: list) -> bool:
         warnings.warn(f"{e}. The start is computed again")
         return False
     for part in parts:
-        part.load_state(folder.path/key, {})
+        part.load_state(folder.path/key)
     return True
 
 @patch
@@ -418,4 +418,4 @@ def start(
                          "of the teacher there is only the head: give the teacher itself")
     begin()
     for part in parts:
-        folder.save(f"{key}/{Path(part.file).stem}", part.state())
+        folder.save(f"{key}/{Path(part.file).stem}", part.state({}))
