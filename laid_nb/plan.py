@@ -233,14 +233,21 @@ def _prepare_step(configs, dtypes, args, sample: Sample, gradients: bool) -> _St
     live.note(inputs["pixel_values"], "vision tower")
     for model in [m for m in (student, teacher) if m is not None]:
         _name_kinds(model, live)
-    student.get_input_embeddings().register_forward_hook(lambda m, args, out: _last_phase(out, live))
+    _name_backward(student, live)
     return _Step(student, teacher, parts, inputs, rows, live)
 
 # %% ../nbs/09e_plan.ipynb #last-phase
-def _last_phase(embedded: torch.Tensor, live: LiveBytes) -> None:
-    "The gradient of the embeddings comes when every layer is through: a phase of its own, which no layer adds to."
-    if embedded.requires_grad:
-        embedded.register_hook(lambda grad: live.phase("backward, embeddings"))
+def _name_backward(student, live: LiveBytes) -> None:
+    "Phases of the way back, begun by gradients that arrive."
+    def begins(x, name):
+        if x.requires_grad and torch._C._current_graph_task_id() == -1:  # not while a checkpoint is computed again
+            x.register_hook(lambda grad: live.phase(f"backward: {name}"))
+    attention = list(text_attentions(student).values())[-1]
+    names = {module: name for name, module in student.named_modules()}
+    last = student.get_submodule(names[attention].rpartition(".")[0])
+    last.register_forward_hook(lambda m, args, out: begins(out[0] if isinstance(out, tuple) else out, "last layer"))
+    last.register_forward_pre_hook(lambda m, args: begins(args[0], "other layers"))
+    student.get_input_embeddings().register_forward_hook(lambda m, args, out: begins(out, "embeddings"))
 
 # %% ../nbs/09e_plan.ipynb #run-step
 def _run_step(step: _Step, args) -> dict[str, Counter]:  # phase -> kind -> bytes alive at its peak

@@ -146,7 +146,8 @@ def test_a_plan_that_does_not_fit_says_what_would(pair, cards, flags, settings):
 
 def test_the_memory_of_a_longer_sample_grows_with_its_tokens(settings):
     args = settings(bf16=True, gradient_checkpointing=True, method="sft")
-    sizes = [plan_training(PAIRS["3B<-7B"][0], None, args, Sample(images=n), Cards()) for n in (50, 100, 150)]
+    sizes = [plan_training(PAIRS["3B<-7B"][0], None, args, Sample(images=n), Cards()) for n in (150, 200, 250)]
+    assert len({s.phase for s in sizes}) == 1  # at fewer images the peak is another moment of the step
     moving = [s.total - sum(v for k, v in s.bytes.items() if k.startswith("student")) for s in sizes]
     assert moving[2] - moving[1] == pytest.approx(moving[1] - moving[0], rel=.02)
 
