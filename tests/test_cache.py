@@ -20,6 +20,7 @@ from laid_nb.folder import Damaged
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import HaystackCollator, StoredSamples, image_inputs, precompute
 from laid_nb.losses import laid_loss
+from laid_nb.parts import MixingPart
 from laid_nb.simulate import WindowSimulation
 from laid_nb.train import LaidConfig, LaidTrainer
 
@@ -74,9 +75,9 @@ def run(processor, pool, tmp_path):
                      gradient_accumulation_steps=1, learning_rate=1e-3, mixing_learning_rate=1e-2, num_train_epochs=2)
         simulation = WindowSimulation(**{k: settings.pop(k) for k in ("max_gap", "max_multiplicity", "ramp") if k in settings})
         teacher = tiny("teacher") if teacher is None else teacher
-        counted = Reads(teacher)
         folder = settings.pop("folder", tmp_path/"run")
         made = LaidTrainer(student or tiny("student"), LaidConfig(str(folder), **quiet | settings), data or pool, reads, teacher, simulation=simulation)
+        counted = Reads(teacher)  # from here: a new trainer tries the teacher's attention on short texts
         made.train(resume_from_checkpoint=resume)
         return made, counted.number
     return make
@@ -100,7 +101,8 @@ def test_a_cached_run_is_the_run(run, tmp_path, settings):
     cached, first = run(teacher_cache=str(tmp_path/"cache"), **settings)
     again, later = run(teacher_cache=str(tmp_path/"cache"), **settings)
     start = reads - 12
-    assert (first, later) == (start + 6, 0) and (cached.cached.asked, again.cached.asked) == (6, 0)
+    tried = 2 if cached.part(MixingPart) and cached.part(MixingPart).sees_attention else 0  # on a few words, when a start is loaded
+    assert (first, later) == (start + 6, tried) and (cached.cached.asked, again.cached.asked) == (6, 0)
     assert losses(plain).keys() == losses(cached).keys()
     for name, values in losses(plain).items():
         assert losses(cached)[name] == pytest.approx(values, rel=1e-6), name
