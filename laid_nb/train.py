@@ -405,7 +405,7 @@ class LaidTrainer(Trainer):
                      torch.promote_types(model.dtype, torch.float32))
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
-        self.begun, self.resumed = False, None  # resumed: the checkpoint that the run goes on from
+        self.begun, self.added, self.resumed = False, [], None  # resumed: the checkpoint that the run goes on from
         stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
         self.sizes = [n_images(s) for s in stacks]
         train_dataset = self._use_caches(args, model, processing_class, train_dataset, kwargs["data_collator"])
@@ -558,6 +558,9 @@ def begin(self: LaidTrainer) -> None:
         self.restore(self.resumed)
     elif self.parts and not self.begun:
         self.start()
+    self.optimizer.param_groups = [
+        group for group in self.optimizer.param_groups if not any(p is q for p in group["params"] for q in self.added)]
+    self.added = self.more_parameters  # those of an earlier training may be others
     known = {id(p) for group in self.optimizer.param_groups for p in group["params"]}
     more = [p for p in self.more_parameters if id(p) not in known]
     if more:
