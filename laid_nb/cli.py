@@ -382,12 +382,6 @@ def _longest(haystacks: list, batch: int):  # -> laid_nb.plan.Sample
     asked = most.questions[:12]
     return Sample(len(most.images), height, width, sum(len(q.text)//4 + 16 for q in asked), 2*len(asked), batch)
 
-def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed
-    "The teacher, in the precision and on the device that the settings say."
-    if args.method == "sft": return None, None
-    where = "cpu" if args.teacher_placement == "cpu" else args.device
-    return load_model(name, args.teacher_dtype, args.teacher_bits, where)
-
 # %% ../nbs/13_cli.ipynb #spectra
 @command
 def spectra(
