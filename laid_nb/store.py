@@ -396,6 +396,7 @@ def short_hash(
     texts = (p if isinstance(p, str) else json.dumps(p, sort_keys=True, default=str) for p in parts)
     return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]
 
+# %% ../nbs/06a_store.ipynb #bytes-hash
 def _bytes_hash(
     named: tuple,  # (name, tensor)
 ) -> bytes:  # 32
