@@ -62,6 +62,7 @@ def remove_checkpoint(
     "Take a checkpoint's name away, and then its files."
     shutil.rmtree(_hide(folder), ignore_errors=True)
 
+# %% ../nbs/06e_checkpoint.ipynb #unfinished
 def remove_unfinished(
     folder: Path,  # output folder of a training
 ) -> None:
@@ -85,7 +86,8 @@ def rotate_checkpoints(
 def _needed(folder, processes):
     "Names of the files without which no run goes on, in the order in which they are missed."
     ranks = ["rng_state.pth"] if processes == 1 else [f"rng_state_{i}.pth" for i in range(processes)]
-    weights = "model.safetensors.index.json" if (folder/"model.safetensors.index.json").exists() else "model.safetensors"
+    index = folder/"model.safetensors.index.json"
+    weights = index.name if index.exists() else "model.safetensors"
     optimizer = "optimizer_0" if (folder/"optimizer_0").is_dir() else "optimizer.pt"  # in pieces, or whole
     return [weights, optimizer, "scheduler.pt", "trainer_state.json", *ranks]
 

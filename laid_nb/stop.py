@@ -36,7 +36,8 @@ class StopRequest:
             os._exit(128 + number)
         if not self.patient or self.asked: raise Stopped(number)
         self.asked = number
-        os.write(2, b"\nlaid: stopping after this step, with a checkpoint; once more ends at once\n")
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nlaid: stopping after this step, with a checkpoint; once more ends at once\n")
 
 @contextmanager
 def stop_requests():  # yields a StopRequest

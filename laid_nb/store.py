@@ -82,6 +82,9 @@ def lock(
             time.sleep(.1)
         yield
     finally:
+        if fcntl is not None:  # workers that were forked have the handle too
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
 
 # %% ../nbs/06a_store.ipynb #files
@@ -255,6 +258,7 @@ _OF_PROCESSOR = (
     "chat_template.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 _TYPES = ("dtype", "torch_dtype")
+_ASKED = ("padding", "truncation")  # what a tokenizer was last asked to do
 
 def _base_file(base, name):
     "A file of the checkpoint that something was loaded from, on this disk -> Path, or None."
@@ -269,7 +273,7 @@ def _meaning(path):
     if not path.exists(): return None
     if path.suffix != ".json": return path.read_bytes()
     data = json.loads(path.read_text(encoding="utf-8"))
-    return {k: v for k, v in data.items() if k not in ("padding", "truncation")} if isinstance(data, dict) else data
+    return {k: v for k, v in data.items() if k not in _ASKED} if isinstance(data, dict) else data
 
 def _without(config, names):
     "A config without some keys, in its parts too."
@@ -451,9 +455,10 @@ def processor_fingerprint(
     processor,  # a transformers processor
 ) -> str:  # 16 hex digits
     "Hash of template, tokenizer and all settings."
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
-    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
+    tokenizer, own = tokenizer_of(processor), processor.to_dict() if hasattr(processor, "to_dict") else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = tokenizer.get_vocab() if backend is None else _without(json.loads(backend.to_str()), _ASKED)
+    return short_hash(processor.chat_template or "", own, tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:
