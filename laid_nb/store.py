@@ -76,7 +76,7 @@ def lock(
     "Keep other processes that ask from writing a file or a folder. `ValueError` where one does already."
     handle, end = os.open(path, os.O_RDONLY), time.monotonic() + patience
     try:
-        while not _lock_now(handle):
+        while not (_lock_now(handle) and os.path.samestat(os.fstat(handle), os.stat(path))):  # it may be another by now
             if time.monotonic() > end:
                 raise ValueError(f"another process is writing {path}: wait for it, or give another place")
             time.sleep(.1)
