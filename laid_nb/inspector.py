@@ -12,7 +12,7 @@ import io
 import json
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anywidget
 import ipywidgets as widgets
@@ -29,11 +29,11 @@ from laid_nb.spectra import (
     HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
 )
 
-from .rope import shared_rope
+from .attention import layers_left_out, said_of_layers
 from .capture import capture
 from .inputs import encode, image_inputs, read_groups, read_positions
 from .patch import patch
-from .rope import RopeSpec, resolved_bands, rope_spec
+from .rope import RopeSpec, resolved_bands, rope_layers, rope_spec, shared_rope
 
 # %% ../nbs/12_inspector.ipynb #base
 class Inspector(widgets.VBox):
@@ -371,6 +371,7 @@ class HeadSpectra:
     far: torch.Tensor  # [layers, heads], 0..1
     sink: torch.Tensor  # [layers, heads], 0..1, attention on the first token
     entropy: torch.Tensor  # [layers, heads], 0..1, 1 = spread evenly
+    left_out: dict[int, str] = field(default_factory=dict)  # layer -> why some of its numbers are nan
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -397,7 +398,8 @@ def save(
     arrays = {k: v.contiguous() for k, v in vars(self).items() if torch.is_tensor(v)}
     rope = {"spec.inv_freq": self.spec.inv_freq, "spec.axis": self.spec.axis}
     numbers = {k: v for k, v in vars(self.spec).items() if not torch.is_tensor(v)}
-    save_file(arrays | rope, path, dict(name=self.name, images=str(self.images), spec=json.dumps(numbers)))
+    notes = dict(name=self.name, images=str(self.images), spec=json.dumps(numbers), left_out=json.dumps(self.left_out))
+    save_file(arrays | rope, path, notes)
 
 def _read_file(
     path,  # of a file that `save` wrote
@@ -406,7 +408,8 @@ def _read_file(
     with safe_open(path, "pt") as f:
         arrays, notes = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
     spec = RopeSpec(arrays.pop("spec.inv_freq"), arrays.pop("spec.axis"), **json.loads(notes["spec"]))
-    return dict(name=notes["name"], images=int(notes["images"]), spec=spec, **arrays)
+    left_out = {int(layer): why for layer, why in json.loads(notes.get("left_out", "{}")).items()}
+    return dict(name=notes["name"], images=int(notes["images"]), spec=spec, left_out=left_out, **arrays)
 
 # %% ../nbs/12_inspector.ipynb #read-checks
 def _check_one_size(haystacks: list) -> int:
@@ -415,25 +418,26 @@ def _check_one_size(haystacks: list) -> int:
     if len(sizes) != 1: raise ValueError(f"haystacks of {sizes} images: give some, all of one size")
     return sizes[0]
 
-def _check_one_rope(
-    model,  # a transformers model
+def _shown_rope(
+    ropes: dict[int, RopeSpec],  # by layer
+    left_out: dict[int, str],  # layers that do not attend causally to all tokens -> how they do
 ) -> RopeSpec:
-    "The RoPE of all text layers. ValueError where they differ."
-    text = model.config.get_text_config(decoder=True)
-    specs = [rope_spec(model, layer) for layer in range(text.num_hidden_layers)]
-    for layer, spec in enumerate(specs):
-        if shared_rope(spec, specs[0]): continue
-        raise ValueError(f"layers 0 and {layer} of {text.model_type!r} differ in RoPE: "
-                         "their bands cannot be shown on one axis")
-    return specs[0]
+    "The RoPE whose bands are shown: of the last layer that attends to all tokens, else of the last."
+    return ropes[max(set(ropes) - set(left_out), default=max(ropes))]
+
+def _ropes(
+    model,  # a transformers model
+) -> dict[int, RopeSpec]:
+    "The RoPE of each text layer that has one. ValueError where none has."
+    return {layer: rope_spec(model, layer) for layer in rope_layers(model) or [0]}
 
 # %% ../nbs/12_inspector.ipynb #read-one
-def _read_layers(model, sample, positions) -> list[tuple]:
-    "One pass of the model: (q, k, scaling) of every layer."
+def _read_layers(model, sample, positions) -> dict[int, tuple]:
+    "One pass of the model: (q, k, scaling) of every layer that attends to its own text."
     inputs = image_inputs(model, sample, "student")
     with capture(model) as cache:
         model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)
-    return [(cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers]
+    return {l: (cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers}
 
 def _by_position(
     layers: list[tuple],  # (q, k, scaling)
@@ -492,6 +496,36 @@ def _position_arrays(
     wavelength, power = _binned_power(response[..., 1:first_gap])
     return dict(position_edges=edges, position_response=mean, position_wavelength=wavelength, position_power=power)
 
+# %% ../nbs/12_inspector.ipynb #left-out
+_OF_LAYERS = ("response", "mass", "position_response", "power", "position_power", "q_energy", "k_energy", "needle",
+              "local", "far", "sink", "entropy")
+_OF_ATTENTION = ("mass", "needle", "local", "far", "sink", "entropy")
+
+def _without_bands(
+    ropes: dict[int, RopeSpec],  # by layer
+    spec: RopeSpec,  # whose bands are shown
+    layers: int,  # of the model
+) -> dict[int, str]:  # layer -> why it has no energy by band
+    "Layers that turn by another RoPE than the one shown, or by none."
+    none = {layer: "has no RoPE" for layer in range(layers) if layer not in ropes}
+    other = {layer: "turns by another RoPE" for layer, rope in ropes.items() if not shared_rope(rope, spec)}
+    return none | other
+
+def _left_out_as_nan(
+    found: dict,  # fields of HeadSpectra, with a row for each layer that was captured
+    captured: list[int],  # these layers
+    layers: int,  # of the model
+    attend: dict[int, str],  # layers that do not attend causally to all tokens -> how they do
+    bands: dict[int, str],  # layers without energy by band -> why
+) -> dict:  # fields of HeadSpectra, with a row for each layer; `left_out` among them
+    "Every layer in its place; nan where nothing can be told."
+    every = {name: found[name].new_full((layers, *found[name].shape[1:]), math.nan) for name in _OF_LAYERS}
+    for name, rows in every.items():
+        rows[captured] = found[name]
+        rows[sorted(attend if name in _OF_ATTENTION else bands if name.endswith("_energy") else ())] = math.nan
+    why = {layer: ", ".join(x[layer] for x in (attend, bands) if layer in x) for layer in sorted({*attend, *bands})}
+    return found | every | dict(left_out=why)
+
 # %% ../nbs/12_inspector.ipynb #read
 @torch.no_grad()
 def read_heads(
@@ -501,25 +535,29 @@ def read_heads(
     name: str,  # of the model, in pictures
     progress: bool = False,  # show a bar
 ) -> HeadSpectra:
-    """Read haystacks and keep what every head did with distance (ours).
+    """Read haystacks and keep what every head did with distance (ours). Where a layer does not attend causally to all
+    tokens, or turns by another RoPE or none, what that would need is nan, and `left_out` says why.
 
-    ValueError for haystacks of different sizes or layers that differ in RoPE."""
-    images, spec = _check_one_size(haystacks), _check_one_rope(model)
-    stats, by_position, on_needle = None, [], []
+    ValueError for haystacks of different sizes and for a model without RoPE."""
+    images, ropes, n = _check_one_size(haystacks), _ropes(model), model.config.get_text_config().num_hidden_layers
+    stats, by_position, on_needle, attend = None, [], [], {}
     for haystack in tqdm(haystacks, desc=f"{name}, {images} images", disable=not progress):
         encoded = encode(processor, haystack, [0], answers=False)
         sample = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in encoded.items()}
         positions, groups = read_positions(model, sample), read_groups(model, sample)
-        layers = _read_layers(model, sample, positions)
-        stats = stats or [HeadStats(spec) for _ in layers]
+        attend |= layers_left_out(model, image_inputs(model, sample, "student") | dict(position_ids=positions))
+        by_layer = _read_layers(model, sample, positions)
+        layers = list(by_layer.values())
+        stats = stats or [HeadStats(_shown_rope(ropes, attend)) for _ in layers]
         for s, (q, k, scaling) in zip(stats, layers, strict=True):
             s.update(q, k, scaling=scaling)
         by_position.append(_by_position(layers, positions))
         on_needle.append(_on_needle(layers, sample, groups))
-    image = int((groups == 0).sum())
-    found = _token_arrays(stats, image) | _position_arrays(by_position)
-    found["needle"] = torch.stack(on_needle).mean(0)
-    return HeadSpectra(name, images, spec, **{k: v.float() if v.is_floating_point() else v for k, v in found.items()})
+    image, spec = int((groups == 0).sum()), stats[0].spec
+    found = _token_arrays(stats, image) | _position_arrays(by_position) | dict(needle=torch.stack(on_needle).mean(0))
+    found = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    found = _left_out_as_nan(found, list(by_layer), n, attend, _without_bands(ropes, spec, n))
+    return HeadSpectra(name, images, spec, **found)
 
 # %% ../nbs/12_inspector.ipynb #plot-limits
 COLOURS = {"teacher": "0.15", "student": "C0", "distilled": "C3"}  # of models, everywhere
@@ -632,8 +670,10 @@ def _name_head(figure, i, spectra, layer, head):
     "The i-th head and its shares, in words."
     row, column = divmod(i, 3)
     place = dict(x=.075 + .31*column, color=_style(spectra.name, i)["color"])
-    shares = ", ".join(f"{said} {getattr(spectra, name)[layer, head]:.0%}"
-                       for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle")))
+    values = {said: float(getattr(spectra, name)[layer, head])
+              for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle"))}
+    told = not math.isnan(values["needle"])
+    shares = ", ".join(f"{said} {x:.0%}" for said, x in values.items()) if told else spectra.left_out.get(layer, "")
     figure.text(y=.965 - .07*row, s=f"{spectra.name}, layer {layer}, head {head}", fontsize=10, weight="bold", **place)
     figure.text(y=.935 - .07*row, s=shares, fontsize=8, **place)
 
@@ -768,8 +808,9 @@ class HeadInspector(Inspector):
         self.kv_grid = HeadGrid(_turning_in_none(spectra[0]), (0, 1), column_label="KV head", colours="magma",
                                 title="keys: energy that cannot tell positions apart")
         rows = [("model", "images", "map"), ("layer", "head", "unit", "overlay")]
+        self.note = widgets.HTML()  # which layers are grey, and why
         super().__init__(*(_row([self.controls[name] for name in row]) for row in rows),
-                         _row([self.grid, self.kv_grid]), file="head.png")
+                         _row([self.grid, self.kv_grid]), self.note, file="head.png")
         self._start()
         self._link()
         self._busy = False
@@ -852,6 +893,7 @@ def _colour_grids(self: HeadInspector):
     title = f"{self.model}, {self.images} images: {self.map}"
     self.grid.show(getattr(s, _MAPS[self.map]), title=title, group=s.heads[1]//s.heads[2])
     self.kv_grid.show(_turning_in_none(s))
+    self.note.value = html.escape(f"left out, grey: {said_of_layers(s.left_out)}" if s.left_out else "")
     self._select()
 
 # %% ../nbs/12_inspector.ipynb #inspector-clicks
@@ -897,6 +939,9 @@ def draw(self: HeadInspector) -> Figure: return plot_head(self.heads(), self.lim
 @patch
 def describe(self: HeadInspector) -> str:
     "The present state in a line."
-    said = (f"{s.name}, layer {layer}, head {head}, attention on the needle {s.needle[layer, head]:.2f}"
-            for s, layer, head in self.heads())
+    said = []
+    for s, layer, head in self.heads():
+        needle, why = float(s.needle[layer, head]), s.left_out.get(layer)
+        told = f"attention not measured, as it {why}" if math.isnan(needle) else f"attention on the needle {needle:.2f}"
+        said.append(f"{s.name}, layer {layer}, head {head}, {told}")
     return f"{self.images} images, distance in {self.unit}: " + "; ".join(said)

@@ -7,7 +7,8 @@ __all__ = ['ImageAttention', 'read_attention', 'look', 'plot_haystack', 'Haystac
 
 # %% ../nbs/12c_viewer.ipynb #imports
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import ipywidgets as widgets
@@ -20,10 +21,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import one_hot, pad
 
+from .attention import layers_left_out, said_of_layers
 from .capture import capture
 from .evaluate import answer_ids, continue_prefix, read_prefix
 from .haystack import Haystack
-from .inputs import prompt_groups, prompt_inputs, question_ids
+from .inputs import image_inputs, prompt_groups, prompt_inputs, question_ids, read_positions
 from .inspector import COLOURS, Inspector
 from .patch import patch
 
@@ -37,6 +39,7 @@ class ImageAttention:
     attention: torch.Tensor  # [questions, tokens, layers, heads, images] float32, 0..1; short questions: zeros first
     log_p: torch.Tensor  # [questions, 2] float32, log-probabilities of Yes and No
     right: torch.Tensor  # [questions] bool
+    left_out: dict[int, str] = field(default_factory=dict)  # layers whose attention is nan -> why
 
     def at(self,
         question: int,  # index
@@ -48,7 +51,8 @@ class ImageAttention:
         path,  # of a safetensors file
     ) -> None:
         "Write; attention is rounded to half precision."
-        meta = dict(name=self.name, haystack=self.haystack, words=json.dumps(self.words))
+        meta = dict(name=self.name, haystack=self.haystack, words=json.dumps(self.words),
+                    left_out=json.dumps(self.left_out))
         save_file(dict(attention=self.attention.half(), log_p=self.log_p, right=self.right), path, metadata=meta)
 
     @classmethod
@@ -61,8 +65,9 @@ class ImageAttention:
         if not {"name", "haystack", "words"} <= meta.keys() or tensors.keys() != {"attention", "log_p", "right"}:
             raise ValueError(f"{path} holds no ImageAttention: its tensors are {', '.join(tensors)}")
         words = tuple(map(tuple, json.loads(meta["words"])))
+        left_out = {int(layer): why for layer, why in json.loads(meta.get("left_out", "{}")).items()}
         return cls(meta["name"], meta["haystack"], words, tensors["attention"].float(), tensors["log_p"],
-                   tensors["right"])
+                   tensors["right"], left_out)
 
 # %% ../nbs/12c_viewer.ipynb #rows
 def _rows(
@@ -104,7 +109,8 @@ def read_attention(
     name: str,  # of the model, to be shown
     size: int = 56,  # side of drawn scenes in pixels
 ) -> ImageAttention:
-    "Attention of each question's tokens on each image, and the answer (ours). `ValueError` without a known answer."
+    """Attention of each question's tokens on each image, and the answer (ours). nan where a layer does not attend
+    causally to all tokens. `ValueError` without a known answer."""
     _check_answers(haystack)
     inputs = {field: x.to(model.device) for field, x in prompt_inputs(processor, haystack, size).items()}
     prefix = read_prefix(model, inputs)
@@ -118,8 +124,11 @@ def read_attention(
         log_p.append(scores[0, answer_ids(processor.tokenizer)].float().cpu())
     longest, log_p = max(map(len, words)), torch.stack(log_p)
     attention = torch.stack([pad(x, (0, 0)*3 + (longest - len(x), 0)) for x in shares])
+    how = image_inputs(model, inputs) | dict(position_ids=read_positions(model, inputs))
+    left_out = layers_left_out(model, how, prefix.length + longest)
+    attention[:, :, sorted(left_out)] = math.nan
     right = torch.tensor([q.answer for q in haystack.questions]) == (log_p[:, 0] > log_p[:, 1])
-    return ImageAttention(name, haystack.id, tuple(words), attention, log_p, right)
+    return ImageAttention(name, haystack.id, tuple(words), attention, log_p, right, left_out)
 
 # %% ../nbs/12c_viewer.ipynb #pick
 def _left(
@@ -149,18 +158,21 @@ def look(
     token="best",  # "best", "answer" (the last) or an index into the question's words
     layer="best",  # "best", "mean" or an index
     head="best",  # likewise
-):  # -> (shares [images], what was chosen in words); (None, why) where the model has no such layer or head
-    "Attention on each image as one token, layer and head sees it, or their mean (ours)."
+):  # -> (shares [images], what was chosen in words); (None, why) where the model has none to show there
+    "Attention on each image as one token, layer and head sees it, or their mean; no layer that is left out (ours)."
     x, left = reading.at(question), []  # [words, layers, heads, images]
+    if layer in reading.left_out or x.isnan().all():
+        return None, f"attention is not shown: {said_of_layers(reading.left_out)}"
     for dim, (what, value) in enumerate((("token", token), ("layer", layer), ("head", head))):
         chosen = _left(what, value, x.shape[dim])
         if chosen is None: return None, f"has no {what} {value}"
         x = x.index_select(dim, torch.tensor(chosen))
         if value == "mean":
-            x, chosen = x.mean(dim, keepdim=True), ["mean"]
+            x, chosen = x.nanmean(dim, keepdim=True), ["mean"]
         left.append(chosen)
-    best = np.unravel_index(int(x[..., list(needles)].sum(-1).argmax()), x.shape[:3])
-    return x[best], _in_words(reading.words[question], *(chosen[i] for chosen, i in zip(left, best)))
+    best = np.unravel_index(int(x[..., list(needles)].sum(-1).nan_to_num(-1).argmax()), x.shape[:3])
+    words = _in_words(reading.words[question], *(chosen[i] for chosen, i in zip(left, best)))
+    return x[best], words + (f"; left out: {said_of_layers(reading.left_out)}" if reading.left_out else "")
 
 # %% ../nbs/12c_viewer.ipynb #mosaic
 _NEEDLE = "#f0930a"  # colour of its frame and bar

@@ -1,19 +1,27 @@
 """The inspector of heads, without a browser: reading, files, state, pictures, and what goes to the page."""
 import base64
+import copy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+import transformers as t
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import families
+from laid_nb.align import turning_pairs
+from laid_nb.attention import said_of_layers
 from laid_nb.capture import capture
-from laid_nb.haystack import Haystack, picture_haystack
+from laid_nb.haystack import Haystack, passage_haystack, picture_haystack
 from laid_nb.inputs import encode, image_inputs, read_groups, read_positions
 from laid_nb.inspector import _MAPS, HeadGrid, HeadInspector, HeadSpectra, _png, head_limits, plot_head, read_heads
+from laid_nb.parts import MixingPart
 from laid_nb.rope import RopeSpec
 from laid_nb.spectra import position_response
 from laid_nb.store import data_path
+from laid_nb.train import quiet_training
+from laid_nb.viewer import ImageAttention, look, read_attention
 
 SHIPPED = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in ("teacher", "student", "distilled") for n in (5, 20)]
 
@@ -205,3 +213,83 @@ def test_models_without_sections_and_with_every_head_its_own_keys():
 @pytest.mark.parametrize("values", [torch.zeros(3), torch.zeros(1, 2, 3)])
 def test_grid_refuses_what_is_no_matrix(values):
     with pytest.raises(ValueError, match=r"expected \[rows, columns\]"): HeadGrid(values, (0, 1))
+
+
+# --- layers of which not everything can be told -------------------------------
+NEAR_FAR, MOE = ["sliding_attention", "full_attention"], dict(num_local_experts=2, num_experts_per_tok=1)
+UNEVEN = {  # family -> (classes, settings, layers without attention, layers without energy by band)
+    "cohere2": ((t.Cohere2ForCausalLM, t.Cohere2Config), dict(sliding_window=24, layer_types=NEAR_FAR), [0], [1]),
+    "exaone4": ((t.Exaone4ForCausalLM, t.Exaone4Config), dict(sliding_window=24, sliding_window_pattern="LG", layer_types=NEAR_FAR), [0], [1]),
+    "gemma3": ((t.Gemma3ForCausalLM, t.Gemma3TextConfig), dict(sliding_window=24, layer_types=NEAR_FAR, query_pre_attn_scalar=8, rope_parameters=None), [0], [0]),
+    "smollm3": ((t.SmolLM3ForCausalLM, t.SmolLM3Config), dict(no_rope_layers=[1, 0], use_sliding_window=False, layer_types=["full_attention"]*2), [], [1]),
+    "gpt_oss": ((t.GptOssForCausalLM, t.GptOssConfig), MOE | dict(sliding_window=24, layer_types=NEAR_FAR), [0, 1], []),
+    "mistral": ((t.MistralForCausalLM, t.MistralConfig), dict(sliding_window=24), [0, 1], []),
+    "qwen2": ((t.Qwen2ForCausalLM, t.Qwen2Config), dict(use_sliding_window=True, sliding_window=24, max_window_layers=1), [1], []),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    "uneven(family): (tokenizer, model of two layers)."
+    made = {}
+    def build(name):
+        if name not in made:
+            (model, config), settings, *_ = UNEVEN[name]
+            words, make = families.language_model(model, config, **settings)
+            torch.manual_seed(0)
+            made[name] = words, make("student").eval()
+        return made[name]
+    return build
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_layers_are_left_out_by_name_and_the_others_are_those_of_eager(uneven, family, tmp_path):
+    words, model = uneven(family)
+    haystack, (attend, bands) = passage_haystack(1, 3, 1), UNEVEN[family][2:]
+    read = read_heads(model, words, [haystack], family)
+    assert sorted(read.left_out) == sorted({*attend, *bands})
+    for names, layers in ((("needle", "local", "far", "sink", "entropy", "mass"), attend), (("q_energy", "k_energy"), bands), (("response", "power", "position_response"), ())):
+        for name in names: assert getattr(read, name).flatten(1).isnan().all(1).nonzero()[:, 0].tolist() == list(layers), name
+    sample = encode(words, haystack, [0], answers=False)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(): weights = torch.cat(model(**image_inputs(model, sample, "student"), output_attentions=True).attentions)[..., :sample["input_ids"].shape[1]]
+    needle = (read_groups(model, sample)[0][:, None] == torch.tensor(sample["needles"][0])).any(1)
+    for layer in {0, 1} - set(attend):
+        torch.testing.assert_close(read.needle[layer], weights[layer][..., needle].sum(-1)[..., sample["turn"][0] >= 0].amax(-1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.sink[layer], weights[layer, ..., 0].mean(-1), atol=1e-5, rtol=1e-4)
+    read.save(tmp_path/"heads.safetensors")
+    assert HeadSpectra.load(tmp_path/"heads.safetensors").left_out == read.left_out
+    shown = HeadInspector([read])
+    shown.layer = 0
+    assert shown.note.value == (f"left out, grey: {said_of_layers(read.left_out)}" if read.left_out else "")
+    assert ("not measured, as it " + read.left_out[0] if 0 in attend else "on the needle 0.") in shown.picture.value
+
+
+@pytest.mark.parametrize("family", ["cohere2", "exaone4", "smollm3"])
+def test_the_last_layer_that_has_rope_is_aligned_and_that_is_said(uneven, family):
+    words, model = uneven(family)
+    with pytest.warns(UserWarning, match="pairs 1:1 are not aligned: a layer of them has no RoPE; 0:0 is"):
+        assert turning_pairs(model, model, "last") == [(0, 0)]
+    with pytest.warns(UserWarning): assert turning_pairs(model, model, "depth") == [(0, 0)]
+    with pytest.warns(UserWarning, match="0:0 is"):
+        trained = quiet_training(copy.deepcopy(model), words, [passage_haystack(i, 2, 2) for i in range(2)], teacher=model, use_cpu=True, max_steps=1, method="laid", gain=True)
+    assert list(trained.part(MixingPart).mixing) == ["0-0"]
+
+
+def test_a_rope_of_another_form_is_refused_by_name():
+    words, make = families.language_model(t.Llama4ForCausalLM, t.Llama4TextConfig, **MOE, attention_chunk_size=24, no_rope_layers=[1, 0], intermediate_size_mlp=32, moe_layers=[1],
+                                          layer_types=["chunked_attention", "full_attention"])
+    with pytest.raises(ValueError, match="the RoPE of 'llama4_text' is not of a known form"): read_heads(make("student"), words, [passage_haystack(1, 3, 1)], "llama4")
+
+
+def test_a_viewer_passes_over_what_is_left_out():
+    haystack = picture_haystack(4, 50, 6, "val")
+    reading = ImageAttention.load(data_path("spectra", "viewer-teacher-50.safetensors"))
+    found = read_attention(*(x.from_pretrained(data_path("anchors", "student")) for x in (AutoModelForImageTextToText, AutoProcessor)), picture_haystack(0, 2, 1, "val"), "student")
+    assert found.left_out == {} and found.attention.isfinite().all()
+    far = replace(reading, attention=reading.attention.clone(), left_out={0: "has a sink"})
+    far.attention[:, :, 0] = torch.nan
+    shares, words = look(far, 0, haystack.questions[0].needles)
+    assert words.endswith("left out: layer 0 has a sink") and shares.isfinite().all()
+    torch.testing.assert_close(look(far, 0, (0,), "answer", "mean", "mean")[0], reading.at(0)[-1, 1:].mean((0, 1)))
+    assert look(far, 0, (0,), layer=0) == (None, "attention is not shown: layer 0 has a sink")
