@@ -11,7 +11,7 @@ import html
 import io
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anywidget
 import ipywidgets as widgets
@@ -29,12 +29,12 @@ from laid_nb.spectra import (
     HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
 )
 
-from .rope import shared_rope
+from .attention import layers_left_out
 from .capture import capture
 from .inputs import encode, image_inputs, read_groups, read_positions
 from .page import front_end, packed, standalone
 from .patch import patch
-from .rope import RopeSpec, resolved_bands, rope_spec
+from .rope import RopeSpec, resolved_bands, rope_layers, rope_spec, shared_rope
 
 # %% ../nbs/12_inspector.ipynb #base
 class Inspector(widgets.VBox):
@@ -419,6 +419,14 @@ class HeadSpectra:
     far: torch.Tensor  # [layers, heads], 0..1
     sink: torch.Tensor  # [layers, heads], 0..1, attention on the first token
     entropy: torch.Tensor  # [layers, heads], 0..1, 1 = spread evenly
+    left_out: dict[int, str] = field(default_factory=dict)  # layer -> why some of its numbers are nan
+    ropes: dict[int, RopeSpec] = field(default_factory=dict)  # layers that turn by another RoPE than `spec`
+
+    def rope(self,
+        layer: int,
+    ) -> RopeSpec:
+        "The RoPE of a layer; of one that has none, that of the others."
+        return self.ropes.get(layer, self.spec)
 
     @property
     def heads(self) -> tuple[int, int, int]:
@@ -443,9 +451,11 @@ def save(
 ):
     "Write everything into one file."
     arrays = {k: v.contiguous() for k, v in vars(self).items() if torch.is_tensor(v)}
-    rope = {"spec.inv_freq": self.spec.inv_freq, "spec.axis": self.spec.axis}
-    numbers = {k: v for k, v in vars(self.spec).items() if not torch.is_tensor(v)}
-    save_file(arrays | rope, path, dict(name=self.name, images=str(self.images), spec=json.dumps(numbers)))
+    ropes, numbers = {"spec": self.spec} | {f"rope-{layer}": spec for layer, spec in self.ropes.items()}, {}
+    for key, spec in ropes.items():
+        arrays |= {f"{key}.inv_freq": spec.inv_freq, f"{key}.axis": spec.axis}
+        numbers[key] = json.dumps({k: v for k, v in vars(spec).items() if not torch.is_tensor(v)})
+    save_file(arrays, path, numbers | dict(name=self.name, images=str(self.images), left_out=json.dumps(self.left_out)))
 
 def _read_file(
     path,  # of a file that `save` wrote
@@ -453,8 +463,10 @@ def _read_file(
     "What is in a file."
     with safe_open(path, "pt") as f:
         arrays, notes = {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}
-    spec = RopeSpec(arrays.pop("spec.inv_freq"), arrays.pop("spec.axis"), **json.loads(notes["spec"]))
-    return dict(name=notes["name"], images=int(notes["images"]), spec=spec, **arrays)
+    def rope(key): return RopeSpec(arrays.pop(f"{key}.inv_freq"), arrays.pop(f"{key}.axis"), **json.loads(notes[key]))
+    spec, ropes = rope("spec"), {int(key[5:]): rope(key) for key in notes if key.startswith("rope-")}
+    left_out = {int(layer): why for layer, why in json.loads(notes.get("left_out", "{}")).items()}
+    return dict(name=notes["name"], images=int(notes["images"]), spec=spec, ropes=ropes, left_out=left_out, **arrays)
 
 # %% ../nbs/12_inspector.ipynb #read-checks
 def _check_one_size(haystacks: list) -> int:
@@ -463,25 +475,26 @@ def _check_one_size(haystacks: list) -> int:
     if len(sizes) != 1: raise ValueError(f"haystacks of {sizes} images: give some, all of one size")
     return sizes[0]
 
-def _check_one_rope(
-    model,  # a transformers model
+def _shown_rope(
+    ropes: dict[int, RopeSpec],  # by layer
+    left_out: dict[int, str],  # layers that do not attend causally to all tokens -> how they do
 ) -> RopeSpec:
-    "The RoPE of all text layers. ValueError where they differ."
-    text = model.config.get_text_config(decoder=True)
-    specs = [rope_spec(model, layer) for layer in range(text.num_hidden_layers)]
-    for layer, spec in enumerate(specs):
-        if shared_rope(spec, specs[0]): continue
-        raise ValueError(f"layers 0 and {layer} of {text.model_type!r} differ in RoPE: "
-                         "their bands cannot be shown on one axis")
-    return specs[0]
+    "The RoPE that stands for the model's: of the last layer that attends to all tokens, else of the last."
+    return ropes[max(set(ropes) - set(left_out), default=max(ropes))]
+
+def _ropes(
+    model,  # a transformers model
+) -> dict[int, RopeSpec]:
+    "The RoPE of each text layer that has one. ValueError where none has."
+    return {layer: rope_spec(model, layer) for layer in rope_layers(model) or [0]}
 
 # %% ../nbs/12_inspector.ipynb #read-one
-def _read_layers(model, sample, positions) -> list[tuple]:
-    "One pass of the model: (q, k, scaling) of every layer."
+def _read_layers(model, sample, positions, layers=None) -> dict[int, tuple]:
+    "One pass of the model: (q, k, scaling) of these layers, or of every one, that attend to their own text."
     inputs = image_inputs(model, sample, "student")
-    with capture(model) as cache:
+    with capture(model, layers) as cache:
         model(**inputs, position_ids=positions, logits_to_keep=1, use_cache=False)
-    return [(cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers]
+    return {l: (cache["q", l], cache["k", l], cache.scaling[l]) for l in cache.layers}
 
 def _by_position(
     layers: list[tuple],  # (q, k, scaling)
@@ -540,6 +553,82 @@ def _position_arrays(
     wavelength, power = _binned_power(response[..., 1:first_gap])
     return dict(position_edges=edges, position_response=mean, position_wavelength=wavelength, position_power=power)
 
+# %% ../nbs/12_inspector.ipynb #left-out
+_OF_LAYERS = ("response", "mass", "position_response", "power", "position_power", "q_energy", "k_energy", "needle",
+              "local", "far", "sink", "entropy")
+_OF_ATTENTION = ("mass", "needle", "local", "far", "sink", "entropy")
+
+def _other_ropes(
+    ropes: dict[int, RopeSpec],  # by layer
+    spec: RopeSpec,  # of the model
+) -> dict[int, RopeSpec]:
+    "Those that are another than the model's, with as many bands."
+    return {layer: rope for layer, rope in ropes.items()
+            if not shared_rope(rope, spec) and len(rope.inv_freq) == len(spec.inv_freq)}
+
+def _without_bands(
+    ropes: dict[int, RopeSpec],  # by layer
+    spec: RopeSpec,  # of the model
+    layers: int,  # of the model
+) -> dict[int, str]:  # layer -> why it has no energy by band
+    "Layers without RoPE, or with another number of bands."
+    none = {layer: "has no RoPE" for layer in range(layers) if layer not in ropes}
+    return none | {layer: "turns in another number of bands" for layer, rope in ropes.items()
+                   if len(rope.inv_freq) != len(spec.inv_freq)}
+
+def _left_out_as_nan(
+    found: dict,  # fields of HeadSpectra, with a row for each layer that was captured
+    captured: list[int],  # these layers
+    layers: int,  # of the model
+    attend: dict[int, str],  # layers that do not attend causally to all tokens -> how they do
+    bands: dict[int, str],  # layers without energy by band -> why
+) -> dict:  # fields of HeadSpectra, with a row for each layer; `left_out` among them
+    "Every layer in its place; nan where nothing can be told."
+    every = {name: found[name].new_full((layers, *found[name].shape[1:]), math.nan) for name in _OF_LAYERS}
+    for name, rows in every.items():
+        rows[captured] = found[name]
+        rows[sorted(attend if name in _OF_ATTENTION else bands if name.endswith("_energy") else ())] = math.nan
+    why = {layer: ", ".join(x[layer] for x in (attend, bands) if layer in x) for layer in sorted({*attend, *bands})}
+    return found | every | dict(left_out=why)
+
+# %% ../nbs/12_inspector.ipynb #read-passes
+def _passes(
+    model,  # a transformers model
+    tokens: int,  # of the input
+    memory: float,  # for queries and keys, in GB
+) -> list:  # of lists of layers, or [None]: all at once
+    "Layers whose queries and keys fit into the memory together; one at least."
+    text = model.config.get_text_config(decoder=True)
+    heads = text.num_attention_heads
+    dim = getattr(text, "head_dim", None) or text.hidden_size//heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    fit = max(1, int(memory*1e9/(tokens*(heads + kv_heads)*dim*model.dtype.itemsize)))
+    layers = range(text.num_hidden_layers)
+    return [None] if fit >= len(layers) else [list(layers[i:i + fit]) for i in range(0, len(layers), fit)]
+
+# %% ../nbs/12_inspector.ipynb #read-haystack
+def _read_haystack(
+    model,  # a transformers model
+    sample: dict,  # from `encode`, on the model's device
+    stats: dict[int, HeadStats],  # by layer; the haystack is added to them
+    make,  # layer -> HeadStats
+    memory: float,  # for queries and keys, in GB
+) -> tuple[torch.Tensor, torch.Tensor]:  # mean logit by position and attention on the needle, of each captured layer
+    "Take in one haystack."
+    positions, groups = read_positions(model, sample), read_groups(model, sample)
+    by_position, on_needle = [], []
+    for some in _passes(model, sample["input_ids"].shape[1], memory):
+        by_layer = _read_layers(model, sample, positions, some)
+        if not by_layer: continue
+        for layer, (q, k, scaling) in by_layer.items():
+            stats.setdefault(layer, make(layer)).update(q, k, scaling=scaling)
+        layers = list(by_layer.values())
+        by_position.append(_by_position(layers, positions))
+        on_needle.append(_on_needle(layers, sample, groups))
+    ends = max(x.shape[-1] for x in by_position)
+    padded = [torch.nn.functional.pad(x, (0, ends - x.shape[-1]), value=torch.nan) for x in by_position]
+    return torch.cat(padded), torch.cat(on_needle)
+
 # %% ../nbs/12_inspector.ipynb #read
 @torch.no_grad()
 def read_heads(
@@ -548,26 +637,29 @@ def read_heads(
     haystacks: list,  # of Haystack, all of one size; the first question of each is asked
     name: str,  # of the model, in pictures
     progress: bool = False,  # show a bar
+    memory: float = 4.,  # for the queries and keys that are held at once, in GB
 ) -> HeadSpectra:
-    """Read haystacks and keep what every head did with distance (ours).
+    """Read haystacks and keep what every head did with distance (ours). Where a layer does not attend causally to all
+    tokens, or has no RoPE, what that would need is nan, and `left_out` says why.
 
-    ValueError for haystacks of different sizes or layers that differ in RoPE."""
-    images, spec = _check_one_size(haystacks), _check_one_rope(model)
-    stats, by_position, on_needle = None, [], []
-    for haystack in tqdm(haystacks, desc=f"{name}, {images} images", disable=not progress):
+    ValueError for haystacks of different sizes and for a model without RoPE."""
+    images, ropes, n = _check_one_size(haystacks), _ropes(model), model.config.get_text_config().num_hidden_layers
+    stats, read, attend, spec = {}, [], {}, None
+    for haystack in tqdm(haystacks, desc=f"{name}: heads, {images} images", disable=not progress):
         encoded = encode(processor, haystack, [0], answers=False)
         sample = {k: v.to(model.device) if torch.is_tensor(v) else v for k, v in encoded.items()}
-        positions, groups = read_positions(model, sample), read_groups(model, sample)
-        layers = _read_layers(model, sample, positions)
-        stats = stats or [HeadStats(spec) for _ in layers]
-        for s, (q, k, scaling) in zip(stats, layers, strict=True):
-            s.update(q, k, scaling=scaling)
-        by_position.append(_by_position(layers, positions))
-        on_needle.append(_on_needle(layers, sample, groups))
-    image = int((groups == 0).sum())
-    found = _token_arrays(stats, image) | _position_arrays(by_position)
-    found["needle"] = torch.stack(on_needle).mean(0)
-    return HeadSpectra(name, images, spec, **{k: v.float() if v.is_floating_point() else v for k, v in found.items()})
+        placed = dict(position_ids=read_positions(model, sample))
+        attend |= layers_left_out(model, image_inputs(model, sample, "student") | placed)
+        spec = spec or _shown_rope(ropes, attend)
+        others = _other_ropes(ropes, spec)
+        read.append(_read_haystack(model, sample, stats, lambda layer: HeadStats(others.get(layer, spec)), memory))
+    by_position, on_needle = zip(*read)
+    image = int((read_groups(model, sample) == 0).sum())
+    found = _token_arrays(list(stats.values()), image) | _position_arrays(by_position)
+    found = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
+    found["needle"] = torch.stack(on_needle).mean(0).float()
+    found = _left_out_as_nan(found, list(stats), n, attend, _without_bands(ropes, spec, n))
+    return HeadSpectra(name, images, spec, ropes=others, **found)
 
 # %% ../nbs/12_inspector.ipynb #plot-limits
 COLOURS = {"teacher": "0.15", "student": "C0", "distilled": "C3"}  # of models, everywhere
@@ -652,9 +744,9 @@ def _plot_mass(axes, shown, limits):
     axes.set(title="attention, summed over each bin", xlabel="distance in tokens, plus one")
 
 # %% ../nbs/12_inspector.ipynb #plot-power
-def _mark_wavelengths(axes, spectra, lowest, unit):
-    "A tick for each band of RoPE, a row for each axis."
-    spec = spectra.spec
+def _mark_wavelengths(axes, spectra, layer, lowest, unit):
+    "A tick for each band of the layer's RoPE, a row for each axis."
+    spec = spectra.rope(layer)
     scale = 1 if unit == "positions" else int(spectra.edges[-1])/int(spectra.position_edges[-1])
     for axis, name in enumerate("THW" if spec.axis.any() else ["bands"]):
         marks = (spec.wavelength[(spec.axis == axis) & (spec.inv_freq > 0)]*scale).numpy()
@@ -669,7 +761,7 @@ def _plot_power(axes, shown, limits, unit):
     for i, (s, layer, head) in enumerate(shown):
         power, wavelength = getattr(s, prefix + "power")[layer, head], getattr(s, prefix + "wavelength")
         axes.plot(wavelength.numpy(), power.clip(limits["power"][0]).numpy(), **_style(s.name, i))
-    _mark_wavelengths(axes, shown[0][0], limits["power"][0], unit)
+    _mark_wavelengths(axes, *shown[0][:2], limits["power"][0], unit)
     _octaves(axes, 2, _longest(shown, prefix + "edges"))
     _decades(axes, *limits["power"], 3)
     axes.set(title="power of the response; ticks: wavelengths of RoPE" + ("" if unit == "positions" else ", scaled"),
@@ -680,8 +772,10 @@ def _name_head(figure, i, spectra, layer, head):
     "The i-th head and its shares, in words."
     row, column = divmod(i, 3)
     place = dict(x=.075 + .31*column, color=_style(spectra.name, i)["color"])
-    shares = ", ".join(f"{said} {getattr(spectra, name)[layer, head]:.0%}"
-                       for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle")))
+    values = {said: float(getattr(spectra, name)[layer, head])
+              for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle"))}
+    told = not math.isnan(values["needle"])
+    shares = ", ".join(f"{said} {x:.0%}" for said, x in values.items()) if told else spectra.left_out.get(layer, "")
     figure.text(y=.965 - .07*row, s=f"{spectra.name}, layer {layer}, head {head}", fontsize=10, weight="bold", **place)
     figure.text(y=.935 - .07*row, s=shares, fontsize=8, **place)
 
@@ -710,7 +804,7 @@ def plot_head(
     return figure
 
 # %% ../nbs/12_inspector.ipynb #inspector-checks
-_MAPS = ("needle", "local", "far", "sink", "entropy", "slow")  # what the colours may show: fields, and `_turning_in_none`
+_MAPS = ("needle", "local", "far", "sink", "entropy", "slow")  # of the colours; slow: `_turning_in_none`
 
 def best_head(
     spectra: HeadSpectra,
@@ -734,8 +828,9 @@ def _turning_in_none(
     spectra: HeadSpectra,
 ) -> torch.Tensor:  # [layers, heads], 0..1
     "Share of the energy of a head's key in bands that make no turn within the haystack."
-    turns = resolved_bands(spectra.spec.inv_freq, int(spectra.position_edges[-1]))
-    shares = spectra.k_energy[..., ~turns].sum(-1)
+    window = int(spectra.position_edges[-1])
+    slow = [~resolved_bands(spectra.rope(layer).inv_freq, window) for layer in range(spectra.heads[0])]
+    shares = torch.stack([energy[:, bands].sum(-1) for energy, bands in zip(spectra.k_energy, slow)])
     return shares.repeat_interleave(spectra.heads[1]//spectra.heads[2], -1)
 
 # %% ../nbs/12_inspector.ipynb #inspector-packed
@@ -751,15 +846,20 @@ def _packed_size(
     power = {f"{x}log_power": packed(getattr(spectra, f"{x}power").clamp(min=1e-30).log10()) for x in ("", "position_")}
     return arrays | edges | power | dict(slow=packed(_turning_in_none(spectra)))
 
+def _packed_rope(spec):
+    "Wavelength of each band in positions, a billion for one that does not turn, and its axis."
+    slowest = 2*math.pi/1e9
+    return dict(wavelength=packed(2*math.pi/spec.inv_freq.clamp(min=slowest), "f4"), axis=spec.axis.tolist())
+
 def _packed_model(
     spectra: list[HeadSpectra],  # of one model, at each size
 ) -> dict:
     "One model, for heads.js."
-    one, spec = spectra[0], spectra[0].spec
+    one = spectra[0]
     layers, heads, kv_heads = one.heads
-    turns = spec.inv_freq > 0
-    rope = dict(wavelength=packed(torch.where(turns, spec.wavelength, torch.inf).clamp(max=1e9), "f4"), axis=spec.axis.tolist())
-    return dict(name=one.name, layers=layers, heads=heads, kv_heads=kv_heads, rope=[rope], rope_of=[0]*layers, left_out={},
+    left_out = {str(layer): why for s in spectra for layer, why in s.left_out.items()}
+    rope = {"usual": _packed_rope(one.spec)} | {str(layer): _packed_rope(spec) for layer, spec in one.ropes.items()}
+    return dict(name=one.name, layers=layers, heads=heads, kv_heads=kv_heads, rope=rope, left_out=left_out,
                 sizes={str(s.images): _packed_size(s) for s in spectra})
 
 # %% ../nbs/12_inspector.ipynb #inspector-valid
@@ -784,7 +884,8 @@ def _check_chosen(
     for name, cell in chosen.items():
         layers, heads, _ = inspector.spectra[name, inspector.sizes[0]].heads
         if not _is_inside(cell, layers, heads):
-            raise ValueError(f"{name} has no head {list(cell)}: layer 0 to {layers - 1}, head 0 to {heads - 1} are possible")
+            raise ValueError(f"{name} has no head {list(cell)}: layer 0 to {layers - 1}, head 0 to {heads - 1} "
+                             "are possible")
     return chosen
 
 # %% ../nbs/12_inspector.ipynb #inspector
@@ -838,6 +939,9 @@ def draw(self: HeadInspector) -> Figure: return plot_head(self.heads(), self.lim
 @patch
 def describe(self: HeadInspector) -> str:
     "The present state in a line."
-    said = (f"{s.name}, layer {layer}, head {head}, attention on the needle {s.needle[layer, head]:.2f}"
-            for s, layer, head in self.heads())
+    said = []
+    for s, layer, head in self.heads():
+        needle, why = float(s.needle[layer, head]), s.left_out.get(layer)
+        told = f"attention not measured, as it {why}" if math.isnan(needle) else f"attention on the needle {needle:.2f}"
+        said.append(f"{s.name}, layer {layer}, head {head}, {told}")
     return f"{self.images} images, distance in {self.unit}: " + "; ".join(said)

@@ -7,6 +7,7 @@ __all__ = ['SCRIPTS', 'front_end', 'page_script', 'packed', 'embedded', 'fragmen
 
 # %% ../nbs/11a_page.ipynb #imports
 import base64
+import hashlib
 import html
 import json
 from functools import cache
@@ -15,7 +16,7 @@ from importlib.resources import files
 import numpy as np
 
 # %% ../nbs/11a_page.ipynb #front
-SCRIPTS = ("dom.js", "plot.js", "grid.js", "heads.js", "haystack.js", "rope.js", "mount.js")  # each uses those before it
+SCRIPTS = ("dom.js", "plot.js", "grid.js", "heads.js", "haystack.js", "mount.js")  # each uses those above
 
 def _web(name): return files("laid_nb").joinpath("web", name).read_text(encoding="utf-8")
 
@@ -62,7 +63,8 @@ def fragment(
     "A view without its script."
     image = f'<img class="laid-fallback" alt="{html.escape(words)}" src="{html.escape(picture)}">'
     shown = image if picture else f"<p>{html.escape(words)}</p>"
-    return f'<div class="laid-static">{shown}<script type="application/json" class="laid-data">{embedded(state)}</script></div>'
+    data = f'<script type="application/json" class="laid-data">{embedded(state)}</script>'
+    return f'<div class="laid-static">{shown}{data}</div>'
 
 def standalone(
     state: dict,  # as for `fragment`
@@ -74,7 +76,10 @@ def standalone(
     return f"{style}{fragment(state, words, picture)}<script>{page_script()}</script>"
 
 # %% ../nbs/11a_page.ipynb #page
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:"
+def _policy():
+    "What the page may load and run: nothing but what stands in it."
+    digest = base64.b64encode(hashlib.sha256(page_script().encode()).digest()).decode()
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
 
 def page_html(
     title: str,
@@ -84,7 +89,7 @@ def page_html(
     body = "".join(f'<h2>{html.escape(heading)}</h2><p class="laid-lead">{html.escape(lead)}</p>{part}'
                    for heading, lead, part in views)
     head = (f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+            f'<meta http-equiv="Content-Security-Policy" content="{_policy()}">'
             f"<title>{html.escape(title)}</title><style>{front_end()[1]}</style>")
     return (f'<!DOCTYPE html><html lang="en"><head>{head}</head><body class="laid-page"><main>'
             f"<h1>{html.escape(title)}</h1>{body}</main><script>{page_script()}</script></body></html>\n")

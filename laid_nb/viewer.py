@@ -9,7 +9,8 @@ __all__ = ['ImageAttention', 'read_attention', 'look', 'plot_haystack', 'telling
 import base64
 import io
 import json
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,13 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import one_hot, pad
+from tqdm.auto import tqdm
 
+from .attention import layers_left_out, said_of_layers
 from .capture import capture
 from .evaluate import answer_ids, continue_prefix, read_prefix
 from .haystack import Haystack, Scene
-from .inputs import prompt_groups, prompt_inputs, question_ids
+from .inputs import image_inputs, prompt_groups, prompt_inputs, question_ids, read_positions
 from .inspector import COLOURS, View
 from .page import packed
 from .patch import patch
@@ -40,6 +43,7 @@ class ImageAttention:
     attention: torch.Tensor  # [questions, tokens, layers, heads, images] float32, 0..1; short questions: zeros first
     log_p: torch.Tensor  # [questions, 2] float32, log-probabilities of Yes and No
     right: torch.Tensor  # [questions] bool
+    left_out: dict[int, str] = field(default_factory=dict)  # layers whose attention is nan -> why
 
     def at(self,
         question: int,  # index
@@ -51,7 +55,8 @@ class ImageAttention:
         path,  # of a safetensors file
     ) -> None:
         "Write; attention is rounded to half precision."
-        meta = dict(name=self.name, haystack=self.haystack, words=json.dumps(self.words))
+        meta = dict(name=self.name, haystack=self.haystack, words=json.dumps(self.words),
+                    left_out=json.dumps(self.left_out))
         save_file(dict(attention=self.attention.half(), log_p=self.log_p, right=self.right), path, metadata=meta)
 
     @classmethod
@@ -64,8 +69,9 @@ class ImageAttention:
         if not {"name", "haystack", "words"} <= meta.keys() or tensors.keys() != {"attention", "log_p", "right"}:
             raise ValueError(f"{path} holds no ImageAttention: its tensors are {', '.join(tensors)}")
         words = tuple(map(tuple, json.loads(meta["words"])))
+        left_out = {int(layer): why for layer, why in json.loads(meta.get("left_out", "{}")).items()}
         return cls(meta["name"], meta["haystack"], words, tensors["attention"].float(), tensors["log_p"],
-                   tensors["right"])
+                   tensors["right"], left_out)
 
 # %% ../nbs/12c_viewer.ipynb #rows
 def _rows(
@@ -106,13 +112,16 @@ def read_attention(
     haystack: Haystack,  # images and yes/no questions
     name: str,  # of the model, to be shown
     size: int = 56,  # side of drawn scenes in pixels
+    progress: bool = False,  # show a bar
 ) -> ImageAttention:
-    "Attention of each question's tokens on each image, and the answer (ours). `ValueError` without a known answer."
+    """Attention of each question's tokens on each image, and the answer (ours). nan where a layer does not attend
+    causally to all tokens. `ValueError` without a known answer."""
     _check_answers(haystack)
     inputs = {field: x.to(model.device) for field, x in prompt_inputs(processor, haystack, size).items()}
     prefix = read_prefix(model, inputs)
     words, shares, log_p = [], [], []
-    for turn in range(len(haystack.questions)):
+    told = f"{name}: where it looks, {len(haystack.images)} images"
+    for turn in tqdm(range(len(haystack.questions)), desc=told, disable=not progress):
         ids = question_ids(processor, haystack, turn)
         with capture(model) as cache:
             scores, _ = continue_prefix(model, prefix, [ids], 0, ())
@@ -121,8 +130,11 @@ def read_attention(
         log_p.append(scores[0, answer_ids(processor.tokenizer)].float().cpu())
     longest, log_p = max(map(len, words)), torch.stack(log_p)
     attention = torch.stack([pad(x, (0, 0)*3 + (longest - len(x), 0)) for x in shares])
+    how = image_inputs(model, inputs) | dict(position_ids=read_positions(model, inputs))
+    left_out = layers_left_out(model, how, prefix.length + longest)
+    attention[:, :, sorted(left_out)] = math.nan
     right = torch.tensor([q.answer for q in haystack.questions]) == (log_p[:, 0] > log_p[:, 1])
-    return ImageAttention(name, haystack.id, tuple(words), attention, log_p, right)
+    return ImageAttention(name, haystack.id, tuple(words), attention, log_p, right, left_out)
 
 # %% ../nbs/12c_viewer.ipynb #pick
 def _left(
@@ -152,18 +164,21 @@ def look(
     token="best",  # "best", "answer" (the last) or an index into the question's words
     layer="best",  # "best", "mean" or an index
     head="best",  # likewise
-):  # -> (shares [images], what was chosen in words); (None, why) where the model has no such layer or head
-    "Attention on each image as one token, layer and head sees it, or their mean (ours)."
+):  # -> (shares [images], what was chosen in words); (None, why) where the model has none to show there
+    "Attention on each image as one token, layer and head sees it, or their mean; no layer that is left out (ours)."
     x, left = reading.at(question), []  # [words, layers, heads, images]
+    if layer in reading.left_out or x.isnan().all():
+        return None, f"attention is not shown: {said_of_layers(reading.left_out)}"
     for dim, (what, value) in enumerate((("token", token), ("layer", layer), ("head", head))):
         chosen = _left(what, value, x.shape[dim])
         if chosen is None: return None, f"has no {what} {value}"
         x = x.index_select(dim, torch.tensor(chosen))
         if value == "mean":
-            x, chosen = x.mean(dim, keepdim=True), ["mean"]
+            x, chosen = x.nanmean(dim, keepdim=True), ["mean"]
         left.append(chosen)
-    best = np.unravel_index(int(x[..., list(needles)].sum(-1).argmax()), x.shape[:3])
-    return x[best], _in_words(reading.words[question], *(chosen[i] for chosen, i in zip(left, best)))
+    best = np.unravel_index(int(x[..., list(needles)].sum(-1).nan_to_num(-1).argmax()), x.shape[:3])
+    words = _in_words(reading.words[question], *(chosen[i] for chosen, i in zip(left, best)))
+    return x[best], words + (f"; left out: {said_of_layers(reading.left_out)}" if reading.left_out else "")
 
 # %% ../nbs/12c_viewer.ipynb #mosaic
 _NEEDLE = "#f0930a"  # colour of its frame and bar
@@ -330,7 +345,8 @@ def _packed_reading(reading, question, needles):
     x = reading.at(question)  # [words, layers, heads, images]
     yes, no = reading.log_p[question].exp().tolist()
     return dict(name=reading.name, yes=round(yes, 4), no=round(no, 4), right=bool(reading.right[question]),
-                look=packed(x.nan_to_num(), "root"), needle=packed(x[..., list(needles)].sum(-1)), total=packed(x.sum(-1)))
+                look=packed(x.nan_to_num(), "root"), needle=packed(x[..., list(needles)].sum(-1)),
+                total=packed(x.sum(-1)), left_out=said_of_layers(reading.left_out))
 
 def _packed_haystack(
     haystack: Haystack,

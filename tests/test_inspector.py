@@ -1,5 +1,6 @@
 """The inspector of heads, without a browser: reading, files, state, pictures, and what goes to the page."""
 import base64
+import copy
 import io
 import json
 import re
@@ -9,18 +10,34 @@ import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
+import transformers as t
 from matplotlib.figure import Figure
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+import families
+from laid_nb.align import turning_pairs
 from laid_nb.capture import capture
-from laid_nb.haystack import Haystack, picture_haystack
+from laid_nb.haystack import Haystack, passage_haystack, picture_haystack
 from laid_nb.inputs import encode, image_inputs, read_groups, read_positions
-from laid_nb.inspector import HeadGrid, HeadInspector, HeadSpectra, Inspector, best_head, head_limits, plot_head, read_heads
+from laid_nb.inspector import (
+    HeadGrid,
+    HeadInspector,
+    HeadSpectra,
+    Inspector,
+    _passes,
+    best_head,
+    head_limits,
+    plot_head,
+    read_heads,
+)
 from laid_nb.page import embedded
-from laid_nb.rope import RopeSpec
+from laid_nb.parts import MixingPart
+from laid_nb.rope import RopeSpec, rope_spec
 from laid_nb.spectra import position_response
 from laid_nb.store import data_path
+from laid_nb.train import quiet_training
+from laid_nb.viewer import ImageAttention, look, read_attention
 
 SHIPPED = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in ("teacher", "student", "distilled") for n in (5, 20)]
 
@@ -222,7 +239,7 @@ def test_models_without_sections_and_with_every_head_its_own_keys():
     s = fake("text", 2, 4, 4, 64)
     s = replace(s, spec=RopeSpec(s.spec.inv_freq, torch.zeros(64, dtype=torch.long), 128))
     (model,) = HeadInspector([s]).view["models"]
-    assert (model["heads"], model["kv_heads"]) == (4, 4) and set(model["rope"][0]["axis"]) == {0}
+    assert (model["heads"], model["kv_heads"]) == (4, 4) and set(model["rope"]["usual"]["axis"]) == {0}
 
 
 # --- the widgets that the kernel draws --------------------------------------------
@@ -270,3 +287,109 @@ def test_a_picture_stands_beside_the_live_view():
 @pytest.mark.parametrize("values", [torch.zeros(3), torch.zeros(1, 2, 3)])
 def test_grid_refuses_what_is_no_matrix(values):
     with pytest.raises(ValueError, match=r"expected \[rows, columns\]"): HeadGrid(values, (0, 1))
+
+
+# --- layers of which not everything can be told -------------------------------
+NEAR_FAR, MOE = ["sliding_attention", "full_attention"], dict(num_local_experts=2, num_experts_per_tok=1)
+UNEVEN = {  # family -> (classes, settings, layers without attention, layers without energy by band)
+    "cohere2": ((t.Cohere2ForCausalLM, t.Cohere2Config), dict(sliding_window=24, layer_types=NEAR_FAR), [0], [1]),
+    "exaone4": ((t.Exaone4ForCausalLM, t.Exaone4Config), dict(sliding_window=24, sliding_window_pattern="LG", layer_types=NEAR_FAR), [0], [1]),
+    "gemma3": ((t.Gemma3ForCausalLM, t.Gemma3TextConfig), dict(sliding_window=24, layer_types=NEAR_FAR, query_pre_attn_scalar=8, rope_parameters=None), [0], []),
+    "smollm3": ((t.SmolLM3ForCausalLM, t.SmolLM3Config), dict(no_rope_layers=[1, 0], use_sliding_window=False, layer_types=["full_attention"]*2), [], [1]),
+    "gpt_oss": ((t.GptOssForCausalLM, t.GptOssConfig), MOE | dict(sliding_window=24, layer_types=NEAR_FAR), [0, 1], []),
+    "mistral": ((t.MistralForCausalLM, t.MistralConfig), dict(sliding_window=24), [0, 1], []),
+    "qwen2": ((t.Qwen2ForCausalLM, t.Qwen2Config), dict(use_sliding_window=True, sliding_window=24, max_window_layers=1), [1], []),
+}
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    "uneven(family): (tokenizer, model of two layers)."
+    made = {}
+    def build(name):
+        if name not in made:
+            (model, config), settings, *_ = UNEVEN[name]
+            words, make = families.language_model(model, config, **settings)
+            torch.manual_seed(0)
+            made[name] = words, make("student").eval()
+        return made[name]
+    return build
+
+
+@pytest.mark.parametrize("family", UNEVEN)
+def test_layers_are_left_out_by_name_and_the_others_are_those_of_eager(uneven, family, tmp_path):
+    words, model = uneven(family)
+    haystack, (attend, bands) = passage_haystack(1, 3, 1), UNEVEN[family][2:]
+    read = read_heads(model, words, [haystack], family)
+    assert sorted(read.left_out) == sorted({*attend, *bands})
+    for names, layers in ((("needle", "local", "far", "sink", "entropy", "mass"), attend), (("q_energy", "k_energy"), bands), (("response", "power", "position_response"), ())):
+        for name in names: assert getattr(read, name).flatten(1).isnan().all(1).nonzero()[:, 0].tolist() == list(layers), name
+    sample = encode(words, haystack, [0], answers=False)
+    model.set_attn_implementation("eager")
+    with torch.no_grad(): weights = torch.cat(model(**image_inputs(model, sample, "student"), output_attentions=True).attentions)[..., :sample["input_ids"].shape[1]]
+    needle = (read_groups(model, sample)[0][:, None] == torch.tensor(sample["needles"][0])).any(1)
+    for layer in {0, 1} - set(attend):
+        torch.testing.assert_close(read.needle[layer], weights[layer][..., needle].sum(-1)[..., sample["turn"][0] >= 0].amax(-1), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(read.sink[layer], weights[layer, ..., 0].mean(-1), atol=1e-5, rtol=1e-4)
+    read.save(tmp_path/"heads.safetensors")
+    again = HeadSpectra.load(tmp_path/"heads.safetensors")
+    assert again.left_out == read.left_out and list(again.ropes) == list(read.ropes) == ([0] if family == "gemma3" else [])
+    shown = HeadInspector([read])
+    shown.choose(family, 0, 0)
+    assert ("not measured, as it " + read.left_out[0] if 0 in attend else "on the needle 0.") in shown.describe()
+    assert shown.view["models"][0]["left_out"] == {str(layer): why for layer, why in read.left_out.items()}
+
+
+def test_a_layer_with_its_own_rope_is_told_by_its_own_bands(uneven, tmp_path):
+    words, model = uneven("gemma3")
+    haystack = passage_haystack(1, 3, 1)
+    read = read_heads(model, words, [haystack], "gemma3")
+    read.save(tmp_path/"heads.safetensors")
+    own, usual = read.rope(0), read.rope(1)
+    assert torch.equal(own.inv_freq, rope_spec(model, 0).inv_freq) and torch.equal(usual.inv_freq, rope_spec(model, 1).inv_freq) and not torch.equal(own.inv_freq, usual.inv_freq)
+    assert torch.equal(HeadSpectra.load(tmp_path/"heads.safetensors").rope(0).inv_freq, own.inv_freq)
+    sample = encode(words, haystack, [0], answers=False)
+    with torch.no_grad(), capture(model) as cache: model(**image_inputs(model, sample, "student"), use_cache=False)
+    for layer in (0, 1):
+        pairs = rope_spec(model, layer).pairs(cache["k", layer][0]).square().sum(-1).sum(1)  # [kv_heads, bands]
+        torch.testing.assert_close(read.k_energy[layer], pairs/cache["k", layer][0].square().sum((1, 2))[:, None], atol=1e-5, rtol=1e-4)
+    packed = HeadInspector([read]).view["models"][0]["rope"]
+    assert packed.keys() == {"usual", "0"} and packed["0"]["wavelength"] != packed["usual"]["wavelength"]
+
+
+def test_reading_in_passes_gives_the_same_numbers(student):
+    haystack = picture_haystack(1, 3, 1, "val")
+    whole, parts = (read_heads(*student, [haystack], "student", memory=memory) for memory in (4, 1e-6))
+    assert _passes(student[0], 100, 1e-6) == [[0], [1], [2]]
+    for name, value in vars(whole).items():
+        if torch.is_tensor(value): assert torch.equal(value.nan_to_num(), getattr(parts, name).nan_to_num()), name
+
+
+@pytest.mark.parametrize("family", ["cohere2", "exaone4", "smollm3"])
+def test_the_last_layer_that_has_rope_is_aligned_and_that_is_said(uneven, family):
+    words, model = uneven(family)
+    with pytest.warns(UserWarning, match="pairs 1:1 are not aligned: a layer of them has no RoPE; 0:0 is"):
+        assert turning_pairs(model, model, "last") == [(0, 0)]
+    with pytest.warns(UserWarning): assert turning_pairs(model, model, "depth") == [(0, 0)]
+    with pytest.warns(UserWarning, match="0:0 is"):
+        trained = quiet_training(copy.deepcopy(model), words, [passage_haystack(i, 2, 2) for i in range(2)], teacher=model, use_cpu=True, max_steps=1, method="laid", gain=True)
+    assert list(trained.part(MixingPart).mixing) == ["0-0"]
+
+
+def test_a_rope_of_another_form_is_refused_by_name():
+    words, make = families.language_model(t.Llama4ForCausalLM, t.Llama4TextConfig, **MOE, attention_chunk_size=24, no_rope_layers=[1, 0], intermediate_size_mlp=32, moe_layers=[1],
+                                          layer_types=["chunked_attention", "full_attention"])
+    with pytest.raises(ValueError, match="the RoPE of 'llama4_text' is not of a known form"): read_heads(make("student"), words, [passage_haystack(1, 3, 1)], "llama4")
+
+
+def test_a_viewer_passes_over_what_is_left_out():
+    haystack = picture_haystack(4, 50, 6, "val")
+    reading = ImageAttention.load(data_path("spectra", "viewer-teacher-50.safetensors"))
+    found = read_attention(*(x.from_pretrained(data_path("anchors", "student")) for x in (AutoModelForImageTextToText, AutoProcessor)), picture_haystack(0, 2, 1, "val"), "student")
+    assert found.left_out == {} and found.attention.isfinite().all()
+    far = replace(reading, attention=reading.attention.clone(), left_out={0: "has a sink"})
+    far.attention[:, :, 0] = torch.nan
+    shares, words = look(far, 0, haystack.questions[0].needles)
+    assert words.endswith("left out: layer 0 has a sink") and shares.isfinite().all()
+    torch.testing.assert_close(look(far, 0, (0,), "answer", "mean", "mean")[0], reading.at(0)[-1, 1:].mean((0, 1)))
+    assert look(far, 0, (0,), layer=0) == (None, "attention is not shown: layer 0 has a sink")

@@ -16,7 +16,13 @@ from laid_nb.haystack import Question, picture_haystack
 from laid_nb.page import embedded
 from laid_nb.store import data_path
 from laid_nb.viewer import (
-    HaystackViewer, ImageAttention, _mosaic, look, plot_haystack, read_attention, telling_question
+    HaystackViewer,
+    ImageAttention,
+    _mosaic,
+    look,
+    plot_haystack,
+    read_attention,
+    telling_question,
 )
 
 MODELS = "teacher", "student", "distilled"

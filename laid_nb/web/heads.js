@@ -171,7 +171,7 @@ class HeadsView {
   field(name) { return this.get("unit") === "tokens" ? name : `position_${name}`; }
 
   waves(entry, layer) {  // of RoPE: wavelengths by band in the unit of the plots, and the axis of each band
-    const { wavelength, axis } = entry.rope[entry.rope_of[layer]], s = this.spectra(entry);
+    const { wavelength, axis } = entry.rope[layer] ?? entry.rope.usual, s = this.spectra(entry);
     const scale = this.get("unit") === "positions" ? 1 : part(s.edges).at(-1)/part(s.position_edges).at(-1);
     return { wavelength: Array.from(part(wavelength), x => x*scale), axis };
   }

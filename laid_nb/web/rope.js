@@ -1,1 +1,0 @@
-// The playground of RoPE.
