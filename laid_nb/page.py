@@ -79,7 +79,7 @@ def standalone(
 def _policy():
     "What the page may load and run: nothing but what stands in it."
     digest = base64.b64encode(hashlib.sha256(page_script().encode()).digest()).decode()
-    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data:"
+    return f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; img-src data: blob:"
 
 def page_html(
     title: str,

@@ -327,14 +327,14 @@ def _check_readings(haystacks, readings):
 def _sheet(
     pictures: list,  # PIL
     columns: int,
-) -> str:  # address of a JPEG
-    "All pictures as thumbnails on one, as data."
+) -> str:  # JPEG in base64
+    "All pictures as thumbnails on one."
     sheet = Image.new("RGB", (columns*_SIDE, -(-len(pictures)//columns)*_SIDE))
     for i, picture in enumerate(pictures):
         sheet.paste(picture.resize((_SIDE, _SIDE)), (i % columns*_SIDE, i//columns*_SIDE))
     buffer = io.BytesIO()
     sheet.save(buffer, format="JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return base64.b64encode(buffer.getvalue()).decode()
 
 def _name(item) -> str:
     "What is on a picture: the objects of a scene, the name of a file."

@@ -5,7 +5,8 @@ class HaystackView {
     this.model = model;
     this.data = model.get("view");
     this.root = root;
-    this.picture = null;  // index of the picture that was clicked or is pointed at
+    this.picture = null;  // index of the picture that was clicked
+    this.made = {};  // grids of pictures, by haystack, columns and model
     this.said = make("p", { class: "laid-said", "aria-live": "polite" });
     this.controls = make("div", { class: "laid-controls" });
     this.question = make("p", { class: "laid-question" });
@@ -94,25 +95,37 @@ class HaystackView {
     }));
   }
 
+  // The pictures of one model: made once for a haystack, then only faded anew.
   mosaic(haystack, asked, reading, seen, columns) {
-    const grid = make("div", { class: "laid-mosaic", tabindex: 0, role: "group",
-      style: { "grid-template-columns": `repeat(${columns}, 1fr)` },
-      "aria-label": `${haystack.images} pictures as ${reading.name} looks at them. Arrow keys choose one.` });
+    const key = `${haystack.id} ${columns} ${reading.name}`, grid = this.made[key] ??= this.pictures(haystack, reading, columns);
     const top = [...seen.shares.keys()].sort((a, b) => seen.shares[b] - seen.shares[a]).slice(0, 3)
       .filter(i => seen.shares[i] >= .005);
+    [...grid.children].forEach((cell, i) => {
+      const [thumb, label] = cell.children;
+      thumb.style.opacity = .22 + .78*Math.sqrt(seen.shares[i]);
+      label.textContent = top.includes(i) ? percent(seen.shares[i]).replace("under ", "<") : "";
+      cell.classList.toggle("laid-needle", asked.needles.includes(i));
+      cell.classList.toggle("laid-picked", i === this.picture);
+    });
+    return grid;
+  }
+
+  pictures(haystack, reading, columns) {
+    const grid = make("div", { class: "laid-mosaic", tabindex: 0, role: "group",
+      style: { "grid-template-columns": `repeat(${columns}, 1fr)`, "--laid-sheet": `url("${sheetOf(haystack)}")`,
+        "--laid-size": `${100*haystack.columns}% ${100*Math.ceil(haystack.images/haystack.columns)}%` },
+      "aria-label": `${haystack.images} pictures as ${reading.name} looks at them. Arrow keys choose one.` });
     const rows = Math.ceil(haystack.images/haystack.columns), at = (i, n) => n > 1 ? `${100*i/(n - 1)}%` : "0";
     for (let i = 0; i < haystack.images; i++) {
-      const x = at(i % haystack.columns, haystack.columns), y = at(Math.floor(i/haystack.columns), rows);
-      const thumb = make("span", { class: "laid-thumb", style: { "background-image": `url("${haystack.sheet}")`,
-        "background-size": `${100*haystack.columns}% ${100*rows}%`, "background-position": `${x} ${y}`,
-        opacity: .22 + .78*Math.sqrt(seen.shares[i]) } });
-      const label = top.includes(i) ? make("em", {}, percent(seen.shares[i]).replace("under ", "<")) : null;
-      const name = asked.needles.includes(i) ? "laid-cell laid-needle" : "laid-cell";
-      grid.append(make("span", { class: i === this.picture ? `${name} laid-picked` : name, "data-picture": i }, thumb, label));
+      const place = `${at(i % haystack.columns, haystack.columns)} ${at(Math.floor(i/haystack.columns), rows)}`;
+      const thumb = make("span", { class: "laid-thumb", style: { "background-position": place } });
+      grid.append(make("span", { class: "laid-cell", "data-picture": i }, thumb, make("em")));
     }
     const pick = event => event.target.closest("[data-picture]")?.dataset.picture;
     grid.addEventListener("click", event => pick(event) && this.pick(Number(pick(event))));
-    grid.addEventListener("pointerover", event => pick(event) && event.pointerType === "mouse" && this.drawDetail(Number(pick(event))));
+    grid.addEventListener("pointerover", event => {
+      if (pick(event) && event.pointerType === "mouse") this.drawDetail(Number(pick(event)));
+    });
     grid.addEventListener("pointerleave", () => this.drawDetail());
     grid.addEventListener("keydown", event => {
       const step = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -columns, ArrowDown: columns }[event.key];
@@ -166,6 +179,12 @@ class HaystackView {
     const needle = this.asked().needles.includes(i) ? ", the needle" : "";
     this.detail.textContent = `Picture ${i + 1} of ${images} (${names[i]}${needle}): ${shares.join(", ")}.`;
   }
+}
+
+// Address of the sheet of thumbnails: a short one, since every picture repeats it in its style.
+function sheetOf(haystack) {
+  const jpeg = new Blob([bytesOf(haystack.sheet)], { type: "image/jpeg" });
+  return haystack.address ??= URL.createObjectURL(jpeg);
 }
 
 // What one model does, in a sentence.

@@ -61,7 +61,9 @@ class Plot {
     box.append(this.svg, this.readout);
     this.svg.addEventListener("pointermove", event => this.pointed(event));
     this.svg.addEventListener("pointerdown", event => this.pointed(event));
-    this.svg.addEventListener("pointerleave", () => this.point(null));
+    this.svg.addEventListener("pointerleave", event => {  // a finger that is lifted has pointed
+      if (event.pointerType === "mouse") this.point(null);
+    });
     this.svg.addEventListener("keydown", event => this.key(event));
     this.svg.addEventListener("blur", () => this.point(null));
   }
