@@ -43,7 +43,7 @@ from .recompose import Recomposed, has_unlabelled
 from .rope import rope_layers, rope_spec
 from laid_nb.shard import (
     check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
-    place_teacher, read_one_token, uses_fsdp
+    place_teacher, read_one_token, uses_fsdp, written_in_numbers
 )
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 from .store import atomic_write, read_json, settle_checkpoint, tokenizer_of, write_json
@@ -825,7 +825,8 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             own = part.stock(own)
         if not _internal_call:
             own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
-        self._save(folder, own)
+        with written_in_numbers(self.model):
+            self._save(folder, own)
         settle_checkpoint(folder, self.model, self.processing_class)
         _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)
         for name, state in files.items():
