@@ -29,7 +29,7 @@ from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_
 from .capture import capture
 from .haystack import row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions, to_model
 )
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
@@ -732,11 +732,12 @@ def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Te
     "A forward pass of the teacher, as for `read_teacher`."
     self.caches[1].bias = bias
     with torch.no_grad(), self.accelerator.autocast():
-        logits = self.teacher(**image_inputs(self.teacher, inputs, "teacher"), **how).logits
-    said = {"logits": logits[rows[:, how["logits_to_keep"]]]}
+        inputs = image_inputs(self.teacher, inputs, "teacher")
+        logits = self.teacher(**inputs, **to_model(self.teacher, how)).logits
+    said = {"logits": logits.to(rows.device)[rows[:, how["logits_to_keep"]]]}
     for part in self.parts:
         said |= part.heard()
-    return said
+    return {name: x.to(rows.device) if x.ndim else x for name, x in said.items()}
 
 # %% ../nbs/09b_train.ipynb #loss
 @patch
