@@ -366,12 +366,14 @@ def _say_plan(student: str, teacher: str, args, haystacks: list) -> None:
     on_card = torch.cuda.is_available() and not args.use_cpu
     memory = torch.cuda.get_device_properties(0).total_memory/1e9 if on_card else 0
     try:
-        made = plan_training(own, other, args, sample, Cards(args.world_size, memory or 80), len(haystacks))
+        made = plan_training(own, other, args, sample, Cards(args.world_size, memory or 80), len(haystacks),
+                             simulate=on_card)
     except ValueError as e:
         print(f"plan: {e}")
         return
-    disk = sum(made.disk.values())/1e9
-    print(f"plan: {made.total/1e9:.2f} GB at the peak, at {made.tokens:,} tokens; {disk:.2f} GB on disk")
+    need, disk = made.total/1e9, sum(made.disk.values())/1e9
+    at = f"at the peak, at {made.tokens:,} tokens" if on_card else "of weights, gradients and optimiser states"
+    print(f"plan: {need:.2f} GB {at}; {disk:.2f} GB on disk")
     print(f"plan: {made.verdict()}" if on_card else "plan: on a CPU, whose memory is not looked at; see laid plan")
 
 def _longest(haystacks: list, batch: int):  # -> laid_nb.plan.Sample

@@ -120,6 +120,7 @@ class LaidConfig(_own_settings(), _Loading, TrainingArguments):
     gradient_accumulation_steps: int = _setting(8, "Micro-batches per step.")
     warmup_steps: float = _setting(0.05, "Warm-up of the learning rates: steps, or below 1 a share of all steps.")
     logging_steps: float = _setting(10, "Log every so many steps.")
+    save_total_limit: int | None = _setting(2, "Checkpoints that are kept: the last ones.")
     report_to: None | str | list[str] = _setting("tensorboard", "Where to log besides the trainer's own state.")
     remove_unused_columns: bool = _setting(False, "Must stay off: samples are haystacks, not columns.")
 
