@@ -36,7 +36,7 @@ from laid_nb.checkpoint import (
 )
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions, to_model
 )
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
@@ -50,7 +50,7 @@ from .recompose import Recomposed, has_unlabelled
 from .rope import rope_layers, rope_spec
 from laid_nb.shard import (
     check_environment, check_fsdp, check_placement, full_state, is_quantised, is_sharded, load_full_state,
-    place_teacher, read_one_token, uses_fsdp
+    place_teacher, read_one_token, uses_fsdp, written_in_numbers
 )
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 
@@ -148,6 +148,7 @@ class LaidConfig(_own_settings(), _Loading, _Keeping, TrainingArguments):
     gradient_accumulation_steps: int = _setting(8, "Micro-batches per step.")
     warmup_steps: float = _setting(0.05, "Warm-up of the learning rates: steps, or below 1 a share of all steps.")
     logging_steps: float = _setting(10, "Log every so many steps.")
+    save_total_limit: int | None = _setting(2, "Checkpoints that are kept: the last ones.")
     report_to: None | str | list[str] = _setting("tensorboard", "Where to log besides the trainer's own state.")
     remove_unused_columns: bool = _setting(False, "Must stay off: samples are haystacks, not columns.")
 
@@ -767,11 +768,12 @@ def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Te
     "A forward pass of the teacher, as for `read_teacher`."
     self.caches[1].bias = bias
     with torch.no_grad(), self.accelerator.autocast():
-        logits = self.teacher(**image_inputs(self.teacher, inputs, "teacher"), **how).logits
-    said = {"logits": logits[rows[:, how["logits_to_keep"]]]}
+        inputs = image_inputs(self.teacher, inputs, "teacher")
+        logits = self.teacher(**inputs, **to_model(self.teacher, how)).logits
+    said = {"logits": logits.to(rows.device)[rows[:, how["logits_to_keep"]]]}
     for part in self.parts:
         said |= part.heard()
-    return said
+    return {name: x.to(rows.device) if x.ndim else x for name, x in said.items()}
 
 # %% ../nbs/09b_train.ipynb #loss
 @patch
@@ -860,7 +862,8 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             own = part.stock(own)
         if not _internal_call:
             own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
-        self._save(folder, own)
+        with written_in_numbers(self.model):
+            self._save(folder, own)
         (folder/TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
         settle_checkpoint(folder, self.model, self.processing_class)
         _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)

@@ -398,7 +398,7 @@ def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch,
     from laid_nb import train
     epochs, read = set(), Recomposed.__getitem__
     monkeypatch.setattr(train.Recomposed, "__getitem__", lambda self, i: epochs.add(self.epoch()) or read(self, i))
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", recompose=.5, data=data)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", recompose=.5, data=data)  # 6 steps an epoch
     whole = trainer(folder=tmp_path/"whole", **settings)
     whole.train()
     assert epochs == {0, 1}
@@ -575,7 +575,7 @@ def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
 
 @pytest.mark.parametrize("step", [3, 6, 8])
 def test_resume_at_and_after_the_end_of_an_epoch(trainer, tmp_path, step):
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", max_gap=100)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", max_gap=100)  # 6 steps an epoch
     whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path/f"whole/checkpoint-{step}"))
