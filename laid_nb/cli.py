@@ -457,12 +457,12 @@ def _write_response(
 ) -> None:
     "Responses as arrays, or as a picture with a row for each head."
     import numpy as np
-    from laid_nb.spectra import plot_distance_response
+    from laid_nb.spectra import figure_label, plot_distance_response
     if path.suffix == ".npz":
         np.savez_compressed(path, response=response.numpy(), **about)
         return
     limit, heads = float(np.quantile(response.abs().numpy(), .99)) or 1., response.shape[1]
-    title = f"{name}, {about['images']} images: q·k by distance"
+    title = figure_label(f"{name}, {about['images']} images: q·k by distance")
     figure = plot_distance_response(response.flatten(0, 1), limit, title)
     starts = range(0, len(about["layers"])*heads, heads)
     figure.axes[0].set(ylabel=f"{heads} heads of each layer", yticks=starts,

@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from laid_nb.spectra import (
-    HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
+    HeadStats, figure_words, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
 )
 
 from .rope import shared_rope
@@ -634,7 +634,8 @@ def _name_head(figure, i, spectra, layer, head):
     place = dict(x=.075 + .31*column, color=_style(spectra.name, i)["color"])
     shares = ", ".join(f"{said} {getattr(spectra, name)[layer, head]:.0%}"
                        for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle")))
-    figure.text(y=.965 - .07*row, s=f"{spectra.name}, layer {layer}, head {head}", fontsize=10, weight="bold", **place)
+    name = figure_words(f"{spectra.name}, layer {layer}, head {head}")
+    figure.text(y=.965 - .07*row, **name, fontsize=10, weight="bold", **place)
     figure.text(y=.935 - .07*row, s=shares, fontsize=8, **place)
 
 def plot_head(

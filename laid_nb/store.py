@@ -11,6 +11,7 @@ __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_
 # %% ../nbs/06a_store.ipynb #imports
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -122,6 +123,31 @@ def check_sizes(
         if limit is not None and not value <= limit:
             raise ValueError(f"{file} declares {name} {value:,}: no model has more than {limit:,}")
 
+# %% ../nbs/06a_store.ipynb #weights
+_SLACK = 16  # times as many numbers as the files hold: weights of few bits, and those that are tied
+
+def _held(path) -> int:
+    "Numbers in the safetensors files of a folder."
+    from safetensors import safe_open
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            held += sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())
+    return held
+
+def _check_declared(path) -> None:
+    "`ValueError` for a config that declares far more weights than the folder holds."
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    held = _held(path)
+    if not held: return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    declared = sum(p.numel() for p in model.parameters())
+    if declared > _SLACK*held + 10**7:
+        raise ValueError(f"its config declares {declared:,} weights, its files hold {held:,}")
+
 # %% ../nbs/06a_store.ipynb #limited
 def _limited(
     work,  # () -> text
@@ -175,7 +201,8 @@ def check_template(
 ) -> None:
     "`ValueError` for a chat template that fails, or takes 5 s or 1 GB, on a question about two pictures."
     template = str(processor.chat_template)
-    if processor.chat_template is None or template in _SOUND: return
+    if processor.chat_template is None: raise ValueError("there is no chat template with it")
+    if template in _SOUND: return
     said = _limited(lambda: _rendered(processor), _SECONDS, _ROOM)
     if said: raise ValueError(f"its chat template cannot be used: {said}")
     _SOUND.add(template)
@@ -259,8 +286,9 @@ def load_model(
     check_sizes(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        if hasattr(processor, "chat_template"):
+        if hasattr(processor, "tokenizer"):
             check_template(processor)
+        _check_declared(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
     except Exception as e:  # the libraries raise errors of many types

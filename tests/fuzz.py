@@ -28,7 +28,7 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELI
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-SLOW, LARGE = 20, 2e9  # seconds and bytes, over what the worker had before, that one case may take
+SLOW, LARGE = 20, 2e9  # seconds of processor time, and bytes over what the worker had before, that one case may take
 RESULTS = ROOT/"data/results/fuzz.json"
 
 # --- what is hostile ------------------------------------------------------------
@@ -388,7 +388,7 @@ def run_case(line, folder, errors):
 
 
 # --- workers --------------------------------------------------------------------------
-def work(name, cases, first_seed, bench, scratch, report):
+def work(name, cases, first_seed, bench, scratch, report, keep):
     "Run the cases of a target in this process; a line of JSON before and after each."
     from laid_nb import anchors, cli, demo, serve
     real = cli.load_model
@@ -403,7 +403,11 @@ def work(name, cases, first_seed, bench, scratch, report):
     sys.stderr = open(2, "w", closefd=False, errors="backslashreplace", buffering=1)
     os.chdir(scratch)
 
-    def send(**what): os.write(report, (json.dumps(what) + "\n").encode())
+    kinds = set()
+
+    def send(**what):
+        text = (json.dumps(what) + "\n").encode()
+        while text: text = text[os.write(report, text):]
 
     @seed(first_seed)
     @settings(max_examples=cases, database=None, deadline=None, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
@@ -417,14 +421,11 @@ def work(name, cases, first_seed, bench, scratch, report):
         send(begun=line)
         begun = time.monotonic()
         kind, code, message = run_case(line, folder, errors)
-        send(kind=kind, code=code, message=message, seconds=round(time.monotonic() - begun, 2))
+        new = kind and kind not in kinds
+        kinds.add(kind)
+        if new and keep: keep_case(folder, keep/f"{name}-{len(kinds)}-{first_seed}".replace(" ", "-"))
+        send(kind=kind, code=code, message=message, seconds=round(time.monotonic() - begun, 2), files=contents(folder) if new else {})
     run()
-
-
-def memory(pid):
-    "Bytes that a process holds."
-    try: return int(Path(f"/proc/{pid}/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE")
-    except OSError: return 0
 
 
 def contents(folder, limit=3000):
@@ -443,59 +444,97 @@ def keep_case(source, target):
     shutil.copytree(source, target, symlinks=True, ignore=lambda d, names: [n for n in names if (Path(d)/n).is_fifo()])
 
 
-def watch(name, cases, first_seed, bench, scratch, keep):
-    "Cases of one target in forked workers -> what came of them."
-    found, done, largest, slowest, failures = Counter(), 0, 0, 0., {}
-    seed_now, begun = first_seed, None
-
-    def fail(kind, message):
-        found["failed"] += 1
-        entry = failures.setdefault(kind, dict(times=0, line=[x[:200] for x in begun or ()], message=message[:300], files=contents(scratch/"case")))
-        entry["times"] += 1
-        if keep and entry["times"] == 1: keep_case(scratch/"case", keep/f"{name}-{len(failures)}".replace(" ", "-"))
-    while done < cases:
-        reading, writing = os.pipe()
-        pid = os.fork()
-        if pid == 0:
-            os.close(reading)
-            code = 1
-            try: work(name, cases - done, seed_now, bench, scratch, writing); code = 0
+class Watch:
+    "A forked worker, what it says, and what it has taken."
+    def __init__(self, *given):
+        self.reading, writing = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.reading)
+            try: work(*given[:5], writing, *given[5:])
             except BaseException: os.write(writing, (json.dumps(dict(broken=traceback.format_exc())) + "\n").encode())
-            finally: os._exit(code)
+            finally: os._exit(0)
         os.close(writing)
-        os.set_blocking(reading, False)
-        base, since, rest, ended, killed = None, None, b"", False, ""
-        before = done
-        while not ended:
-            time.sleep(.02)
-            with contextlib.suppress(BlockingIOError):
-                data = os.read(reading, 1 << 20)
-                ended, rest = not data, rest + data
-            *lines, rest = rest.split(b"\n")
-            for line in map(json.loads, lines):
-                if "broken" in line: raise RuntimeError(line["broken"])
-                if "begun" in line: begun, since, base = line["begun"], time.monotonic(), base or memory(pid)
-                else:
-                    since, done = None, done + 1
-                    found["refused" if line["code"] == 2 else "done" if line["code"] == 0 else "broken"] += 1
-                    slowest = max(slowest, line["seconds"])
-                    if line["kind"]: fail(line["kind"], line["message"])
-            if since is None or ended: continue
-            more = memory(pid) - base
-            largest = max(largest, more)
-            if time.monotonic() - since > SLOW: killed = "hang"
-            if more > LARGE: killed = "memory"
-            if killed:
-                os.kill(pid, signal.SIGKILL)
-                ended = True
-        os.close(reading)
-        status = os.waitpid(pid, 0)[1]
-        if killed or status:
-            fail(killed or f"died of signal {os.WTERMSIG(status)}", f"after {time.monotonic() - (since or time.monotonic()):.0f} s")
-            done += 1
-        elif done == before: break  # hypothesis has no more cases
-        seed_now += 1
-    return dict(cases=done, seed=first_seed, ended=found["done"], refused=found["refused"], failed=found["failed"], slowest_s=slowest, most_memory_mb=round(largest/1e6), failures=failures)
+        os.set_blocking(self.reading, False)
+        self.rest, self.ended = b"", False
+
+    def said(self):
+        "Lines since the last time."
+        with contextlib.suppress(BlockingIOError):
+            data = os.read(self.reading, 1 << 20)
+            self.ended, self.rest = not data, self.rest + data
+        *lines, self.rest = self.rest.split(b"\n")
+        return [json.loads(line) for line in lines]
+
+    def taken(self):
+        "(seconds of processor time, bytes) of the worker and its children."
+        times, held = 0, 0
+        for pid in (self.pid, *children(self.pid)):
+            with contextlib.suppress(OSError, IndexError):
+                times += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))/os.sysconf("SC_CLK_TCK")
+                held += int(Path(f"/proc/{pid}/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE") if pid == self.pid else 0
+        return times, held
+
+    def end(self, kill=False):
+        "The signal that ended it, or 0."
+        if kill: os.kill(self.pid, signal.SIGKILL)
+        os.close(self.reading)
+        status = os.waitpid(self.pid, 0)[1]
+        return 0 if kill else status
+
+
+def children(pid):
+    with contextlib.suppress(OSError): return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    return []
+
+
+class Tally:
+    "What came of the cases of a target."
+    def __init__(self): self.found, self.cases, self.slowest, self.largest, self.failures, self.line = Counter(), 0, 0., 0, {}, []
+
+    def ended(self, said):
+        self.cases += 1
+        self.found["refused" if said["code"] == 2 else "done" if said["code"] == 0 else "broken"] += 1
+        if said["kind"]: self.fail(said["kind"], said["message"], said["files"])
+        else: self.slowest = max(self.slowest, said["seconds"])
+
+    def fail(self, kind, message, made):
+        self.found["failed"] += 1
+        entry = self.failures.setdefault(kind, dict(times=0, line=[x[:200] for x in self.line], message=message[:300], files=made))
+        entry["times"] += 1
+
+    def row(self, seed): return dict(cases=self.cases, seed=seed, ended=self.found["done"], refused=self.found["refused"], failed=self.found["failed"], slowest_s=round(self.slowest, 1), most_memory_mb=round(self.largest/1e6), failures=self.failures)
+
+
+def one_worker(tally, *given):
+    "Follow a worker until it ends or is killed; whether it has anything left to do."
+    worker, base, since, killed, before = Watch(*given), None, None, "", tally.cases
+    while not (worker.ended or killed):
+        time.sleep(.02)
+        for said in worker.said():
+            if "broken" in said: raise RuntimeError(said["broken"])
+            if "begun" in said: tally.line, since, base = said["begun"], (time.monotonic(), worker.taken()[0]), base or worker.taken()[1]
+            else:
+                since = None
+                tally.ended(said)
+        if since is None or worker.ended: continue
+        seconds, held = worker.taken()
+        tally.largest = max(tally.largest, held - base)
+        if seconds - since[1] > SLOW or time.monotonic() - since[0] > 15*SLOW: killed = "hang"
+        if held - base > LARGE: killed = "memory"
+    status = worker.end(bool(killed))
+    if killed or status:
+        tally.cases += 1
+        tally.fail(killed or f"died of signal {status}", "", contents(given[4]/"case"))
+        if given[5]: keep_case(given[4]/"case", given[5]/f"{given[0]}-{killed or status}-{given[2]}".replace(" ", "-"))
+    return tally.cases > before
+
+
+def watch(name, cases, first_seed, bench, scratch, keep):
+    "Cases of one target, in as many workers as it takes -> what came of them."
+    tally, seed_now = Tally(), first_seed
+    while tally.cases < cases and one_worker(tally, name, cases - tally.cases, seed_now, bench, scratch, keep): seed_now += 1
+    return tally.row(first_seed)
 
 
 def fuzz(cases, first_seed, only=None, keep=None, say=print):
@@ -524,7 +563,8 @@ def main():
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"results (default {RESULTS.relative_to(ROOT)})")
     given = parser.parse_args()
     results = fuzz(given.cases, given.seed, given.only, given.keep)
-    given.out.write_text(json.dumps(dict(command=f"python tests/fuzz.py --cases {given.cases} --seed {given.seed}", seconds_allowed=SLOW, bytes_allowed=LARGE, targets=results), indent=1) + "\n", encoding="utf-8")
+    before = json.loads(given.out.read_text(encoding="utf-8"))["targets"] if given.only and given.out.exists() else {}
+    given.out.write_text(json.dumps(dict(seconds_allowed=SLOW, bytes_allowed=LARGE, targets=before | results), indent=1) + "\n", encoding="utf-8")
     return int(any(r["failed"] for r in results.values()))
 
 
