@@ -243,6 +243,7 @@ def model_path(
 ) -> str:  # folder or hub name
     "Where a model is. `ValueError` for a file, `FileNotFoundError` for a path that is no folder."
     if name in EMBEDDED: return str(data_path("anchors", name))
+    if not name.strip("."): raise ValueError(f"a model needs a name or a folder, not {name!r}")
     path = Path(name).expanduser()
     if path.is_dir(): return str(path)
     if path.exists(): raise ValueError(f"{name} is a file: a model is a folder, or a name on the hub")

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -349,7 +350,7 @@ def named(message, line, folder):
     message = message.lower()
     words = {Path(x).name for x in line} | {x.lstrip("-") for x in line} | {p.name for p in folder.rglob("*")}
     if (folder/"a.yaml").is_file(): words |= set(re.findall(r"\w{3,}", (folder/"a.yaml").read_text(errors="replace")))
-    return any(word.lower() in message or repr(word)[1:-1].lower() in message for word in words if len(word) > 1)
+    return any(word.lower() in message or repr(word)[1:-1].lower() in message for word in words if len(word) > 1) or any(f"{word!r}" in message or message.startswith(f"{word}: ") for word in words)
 
 
 def judged(code, stderr, line, folder):
@@ -506,10 +507,13 @@ class Tally:
     def row(self, seed): return dict(cases=self.cases, seed=seed, ended=self.found["done"], refused=self.found["refused"], failed=self.found["failed"], slowest_s=round(self.slowest, 1), most_memory_mb=round(self.largest/1e6), failures=self.failures)
 
 
-def one_worker(tally, *given):
-    "Follow a worker until it ends or is killed; whether it has anything left to do."
+def one_worker(tally, until, *given):
+    "Follow a worker until it ends, is killed or the time is up; whether there may be more to do."
     worker, base, since, killed, before = Watch(*given), None, None, "", tally.cases
     while not (worker.ended or killed):
+        if time.monotonic() > until:
+            worker.end(kill=True)
+            return False
         time.sleep(.02)
         for said in worker.said():
             if "broken" in said: raise RuntimeError(said["broken"])
@@ -530,14 +534,14 @@ def one_worker(tally, *given):
     return tally.cases > before
 
 
-def watch(name, cases, first_seed, bench, scratch, keep):
+def watch(name, cases, first_seed, bench, scratch, keep, seconds=math.inf):
     "Cases of one target, in as many workers as it takes -> what came of them."
-    tally, seed_now = Tally(), first_seed
-    while tally.cases < cases and one_worker(tally, name, cases - tally.cases, seed_now, bench, scratch, keep): seed_now += 1
+    tally, seed_now, until = Tally(), first_seed, time.monotonic() + seconds
+    while tally.cases < cases and one_worker(tally, until, name, cases - tally.cases, seed_now, bench, scratch, keep): seed_now += 1
     return tally.row(first_seed)
 
 
-def fuzz(cases, first_seed, only=None, keep=None, say=print):
+def fuzz(cases, first_seed, only=None, keep=None, seconds=math.inf, say=print):
     "Cases by target, shared out as `TARGETS` says -> what came of them, by target."
     import transformers
     transformers.logging.set_verbosity_error()
@@ -548,7 +552,7 @@ def fuzz(cases, first_seed, only=None, keep=None, say=print):
         for name in only or TARGETS:
             begun = time.monotonic()
             share = TARGETS[name][1]/sum(TARGETS[n][1] for n in only or TARGETS)
-            results[name] = watch(name, max(1, round(cases*share)), first_seed, bench, Path(scratch)/"work", keep)
+            results[name] = watch(name, max(1, round(cases*share)), first_seed, bench, Path(scratch)/"work", keep, seconds)
             say(f"{name}: {results[name]['cases']} cases, {results[name]['failed']} failed, {time.monotonic() - begun:.0f} s", flush=True)
             for kind, entry in results[name]["failures"].items(): say(f"   {entry['times']} × {kind} | {' '.join(entry['line'])[:160]} | {entry['message'][:200]}", flush=True)
     return results
@@ -559,10 +563,11 @@ def main():
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), help="targets (default all)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="that one target may take at most")
     parser.add_argument("--keep", type=Path, help="folder that gets the files of the first failure of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"results (default {RESULTS.relative_to(ROOT)})")
     given = parser.parse_args()
-    results = fuzz(given.cases, given.seed, given.only, given.keep)
+    results = fuzz(given.cases, given.seed, given.only, given.keep, given.minutes*60)
     before = json.loads(given.out.read_text(encoding="utf-8"))["targets"] if given.only and given.out.exists() else {}
     given.out.write_text(json.dumps(dict(seconds_allowed=SLOW, bytes_allowed=LARGE, targets=before | results), indent=1) + "\n", encoding="utf-8")
     return int(any(r["failed"] for r in results.values()))
