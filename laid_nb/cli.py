@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib import util
 from inspect import signature
@@ -27,11 +28,12 @@ from .overlap import data_marks, overlap, read_marks, save_marks
 from .pictures import refuse_bad_pictures
 from laid_nb.script import (
     CommandParser, add_command, call_command, command, command_line, layer_list, natural, number_list, numbers,
-    plain_flags, positive
+    one_line, plain_flags, positive
 )
 from .stop import stop_requests
 from laid_nb.store import (
-    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, write_json
+    EMBEDDED, atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
+    remove_on_failure, write_json
 )
 
 # %% ../nbs/13_cli.ipynb #haystacks
@@ -204,21 +206,54 @@ def _texts(value) -> list[str]:  # as behind a flag
     if isinstance(value, dict): return [json.dumps(value)]
     return [str(value)]
 
+_LONGEST_FILE = 1_000_000  # bytes of a file of settings
+
+def _plain_loader():
+    "A loader of YAML that makes texts, and refuses what would not be seen or would grow: a name twice, and aliases."
+    import yaml
+    class Plain(yaml.BaseLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read in settings")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            twice = [name for i, name in enumerate(names) if name in names[:i]]
+            if twice: raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+            return super().construct_mapping(node, deep)
+    return Plain
+
 def _yaml_settings(
     path,  # YAML file
 ) -> dict:
     "Settings in a file, as texts."
     import yaml
-    if not Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}" if not Path(path).exists() else f"{path} is no plain file")
+    if Path(path).stat().st_size > _LONGEST_FILE:
+        raise ValueError(f"{path} is longer than {_LONGEST_FILE:,} bytes: no file of settings is")
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _plain_loader())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for settings") from None
+    except (yaml.YAMLError, ValueError, TypeError) as e:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: lines such as 'alpha: 0.3' are needed")
-    for name in settings.keys() & _own_parameters(train):
-        raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
+    known = {field.name for kind in _setting_classes() for field in dataclasses.fields(kind)}
+    for name in settings:
+        if name in known: continue
+        if name in _own_parameters(train):
+            raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
+        raise ValueError(f"{path}: laid train has no setting {name!r}: see laid train --help")
     return settings
+
+def _setting_classes() -> tuple:
+    "The dataclasses that settings belong to."
+    from laid_nb.simulate import WindowSimulation
+    from laid_nb.train import LaidConfig
+    return LaidConfig, WindowSimulation
 
 def _own_parameters(function) -> set[str]:
     "Names of the parameters of a command, without `**settings`."
@@ -231,10 +266,8 @@ def _training_settings(
 ):  # -> (LaidConfig, WindowSimulation)
     "Settings of a training, checked; `ValueError` for one that is not there or not allowed."
     from transformers import HfArgumentParser
-    from laid_nb.simulate import WindowSimulation
-    from laid_nb.train import LaidConfig
-    parser = HfArgumentParser((LaidConfig, WindowSimulation), prog="laid train", allow_abbrev=False)
-    lists = {name: _texts(settings[name]) for name, kind in get_type_hints(LaidConfig).items()
+    parser = HfArgumentParser(_setting_classes(), prog="laid train", allow_abbrev=False)
+    lists = {name: _texts(settings[name]) for name, kind in get_type_hints(_setting_classes()[0]).items()
              if isinstance(settings.get(name), (list, tuple)) and list in map(get_origin, (kind, *get_args(kind)))}
     flags = [part for name, value in _given(**settings).items() if name not in lists
              for part in (f"--{name}", *_texts(value))]
@@ -256,12 +289,10 @@ def _checkpoint(
 def _train_help() -> str:
     "The settings of LaidConfig and WindowSimulation, for `laid train --help`."
     from transformers import TrainingArguments
-    from laid_nb.simulate import WindowSimulation
-    from laid_nb.train import LaidConfig
     stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     lines = ["\nsettings (every one of transformers.TrainingArguments is a flag too):",
              "  --output_dir laid-runs", "        Checkpoints; the distilled student goes to OUTPUT_DIR/model."]
-    for f in (*dataclasses.fields(LaidConfig), *dataclasses.fields(WindowSimulation)):
+    for f in [f for kind in _setting_classes() for f in dataclasses.fields(kind)]:
         if f.name in stock and f.default == stock[f.name]: continue
         lines += [f"  --{f.name} {'' if f.default is None else f.default}", f"        {f.metadata.get('help', '')}"]
     return "\n".join(lines)
@@ -382,6 +413,7 @@ def plan(
 def _read_config(name: str):
     "The config of a model; `ValueError` where there is none."
     from transformers import AutoConfig
+    check_sizes(model_path(name))
     try:
         return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     except Exception as e:  # the libraries raise errors of many types
@@ -458,12 +490,12 @@ def _write_response(
 ) -> None:
     "Responses as arrays, or as a picture with a row for each head."
     import numpy as np
-    from laid_nb.spectra import plot_distance_response
+    from laid_nb.spectra import figure_label, plot_distance_response
     if path.suffix == ".npz":
         np.savez_compressed(path, response=response.numpy(), **about)
         return
     limit, heads = float(np.quantile(response.abs().numpy(), .99)) or 1., response.shape[1]
-    title = f"{name}, {about['images']} images: q·k by distance"
+    title = figure_label(f"{name}, {about['images']} images: q·k by distance")
     figure = plot_distance_response(response.flatten(0, 1), limit, title)
     starts = range(0, len(about["layers"])*heads, heads)
     figure.axes[0].set(ylabel=f"{heads} heads of each layer", yticks=starts,
@@ -475,7 +507,8 @@ def _write_response(
 # %% ../nbs/13_cli.ipynb #inspect-lab
 def _inspect_in_lab(names, stacks, memory, out, port, browser):
     "The heads in JupyterLab, in a notebook that can be changed."
-    if not util.find_spec("jupyterlab"): raise ValueError("JupyterLab is not installed: pip install jupyterlab")
+    if not util.find_spec("jupyterlab"): 
+        raise ValueError(f"JupyterLab is not installed: {how_to_install('jupyterlab')}")
     from laid_nb.explore import KnownModels, kept_heads
     from laid_nb.serve import free_port, page, serve, shipped_heads
     port, models = free_port(port), KnownModels(out)
@@ -609,14 +642,15 @@ def main(
     "Run a command: 0, or 2 after bad input with one line on stderr, or 128 and the signal that stopped it."
     argv = plain_flags(sys.argv[1:] if argv is None else list(argv))
     try:
-        with stop_requests():
+        with warnings.catch_warnings(), stop_requests():
+            warnings.showwarning = lambda said, *_: print(f"laid: warning: {one_line(said)}", file=sys.stderr)
             call_command(*parser().parse_known_args(argv))
     except SystemExit as e:  # --help and --version
         return e.code or 0
     except KeyboardInterrupt as e:
         return _say_stopped(e, argv)
-    except (ValueError, TypeError, FloatingPointError, OSError) as e:
+    except Exception as e:  # whatever it is: one line, and --debug for the rest
         if "--debug" in argv: raise
-        print(f"laid: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        print(f"laid: error: {one_line(e)}", file=sys.stderr)
         return 2
     return 0

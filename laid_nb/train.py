@@ -212,6 +212,7 @@ def _check_choices(config: LaidConfig) -> None:
 
 def check_config(config: LaidConfig) -> None:
     "`ValueError` for settings that cannot be meant together."
+    check_counts(config)
     if not 0 <= config.alpha <= 1: raise ValueError(f"alpha is {config.alpha}: need a share between 0 and 1")
     _check_choices(config)
     for name in config.given:
@@ -239,6 +240,17 @@ def check_config(config: LaidConfig) -> None:
     _check_adapters(config)
     _check_allowed(config)
     check_cache(config)
+
+# %% ../nbs/09b_train.ipynb #counts
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+def check_counts(
+    config: LaidConfig,
+) -> None:
+    "`ValueError` for a count that is no whole number over 0."
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value}: need a whole number over 0")
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
