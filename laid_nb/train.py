@@ -29,7 +29,8 @@ from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_
 from .capture import capture
 from .haystack import row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions,
+    save_prompt
 )
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
@@ -267,7 +268,7 @@ def _check_run(
     args: LaidConfig,
     data,  # training set
     teacher,  # a transformers model, or None
-    turns: int,  # questions of a haystack that are read
+    collator,  # a `HaystackCollator`
 ) -> None:
     "`ValueError` for a training that cannot begin."
     if args.method != "sft" and teacher is None: raise ValueError(f"method {args.method!r} needs a teacher")
@@ -276,7 +277,10 @@ def _check_run(
     elif len(data) == 0:
         raise ValueError("no haystack to train on")
     for i, sample in enumerate(getattr(data, "haystacks", data) if not isinstance(data, Stream) else ()):
-        if not args.teaches and has_unlabelled(sample, turns):
+        if isinstance(sample, dict) and sample.get("prompt", collator.prompt) != collator.prompt:
+            raise ValueError(f"sample {i} was encoded with the prompt {sample['prompt']!r}, and the collator has "
+                             f"{collator.prompt!r}, which would be saved with the student: give `data_collator`")
+        if not args.teaches and has_unlabelled(sample, collator.turns):
             raise ValueError(f"sample {i} has questions that nobody has answered, and no term but SFT counts: "
                              "give their answers, or use method kd or laid")
     if args.n_gpu > 1:
@@ -397,7 +401,7 @@ class LaidTrainer(Trainer):
         kwargs["data_collator"] = PictureGuard(collator, args.on_bad_image)
         train_dataset = as_stream(train_dataset)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
-        _check_run(args, train_dataset, teacher, collator.turns)
+        _check_run(args, train_dataset, teacher, collator)
         self._check_models(model, args, processing_class, teacher_processing_class)
         self.kind, self.given_dtype = type(model), model.dtype
         if not args.lora_rank:
@@ -827,6 +831,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
         self._save(folder, own)
         settle_checkpoint(folder, self.model, self.processing_class)
+        save_prompt(folder, self.processing_class, self.data_collator.prompt)
         _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
@@ -846,11 +851,13 @@ def save_student(
         if self.args.save_adapter:
             self.part(LoraPart).save_adapter(part, base)
             self.processing_class.save_pretrained(part)
+            save_prompt(part, self.processing_class, self.data_collator.prompt)
             return
         own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
         self.model.save_pretrained(part, state_dict=own)
         self.processing_class.save_pretrained(part)
         settle_checkpoint(part, self.model, self.processing_class)
+        save_prompt(part, self.processing_class, self.data_collator.prompt)
         _write_dtype(part, self.given_dtype)
 
 # %% ../nbs/09b_train.ipynb #save-dtype
