@@ -389,25 +389,28 @@ def encode(
     needles = [list(haystack.questions[t].needles) for t in turns]
     return add_replies(inputs, _shown(processor, inputs, marker, tail), parts, answers, family) | {"needles": needles}
 
-# %% ../nbs/07c_inputs.ipynb #pad
-def _stack(tensors, fill) -> torch.Tensor:
-    "Tensors [n, ...] one behind the other, each further dimension filled up at the right to the longest."
+# %% ../nbs/07c_inputs.ipynb #stack
+def stack(
+    tensors: list[torch.Tensor],  # [n, ...] each
+    fill: float = 0,  # where nothing stands
+) -> torch.Tensor:
+    "Tensors one behind the other, each further dimension filled up at the right to the longest."
     longest = [max(sizes) for sizes in zip(*(x.shape[1:] for x in tensors))]
     missing = [[n - have for n, have in zip(longest, x.shape[1:])] for x in tensors]
     sides = [[side for n in reversed(m) for side in (0, n)] for m in missing]  # of the last dimension first
     return torch.cat([F.pad(x, s, value=fill) for x, s in zip(tensors, sides)])
 
-
+# %% ../nbs/07c_inputs.ipynb #pad
 def pad(
-    samples: list[dict],  # from `encode`
+    samples: list[dict],  # from `encode` or `prompt_inputs`
     pad_token_id: int,  # fills `input_ids`
 ) -> dict:  # tensors [batch, tokens] of what belongs to tokens, [sum, ...] of what to images; `needles` as a list
     "One batch of encoded samples, padded at the right."
     fill = _FILL | {"input_ids": pad_token_id}
-    batch = {"needles": [s["needles"] for s in samples]}
+    batch = {name: [s[name] for s in samples] for name in ("needles",) if name in samples[0]}
     for name in samples[0]:
-        if name in ("needles", "haystack", "prompt"): continue
-        batch[name] = _stack([s[name] for s in samples], fill.get(name, 0))
+        if name in ("needles", "haystack", "prompt", "prefix"): continue
+        batch[name] = stack([s[name] for s in samples], fill.get(name, 0))
     return batch
 
 # %% ../nbs/07c_inputs.ipynb #collator
