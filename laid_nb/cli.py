@@ -9,7 +9,9 @@ __all__ = ['COMMANDS', 'evaluate', 'train', 'plan', 'spectra', 'inspect', 'ancho
 import dataclasses
 import functools
 import json
+import os
 import sys
+from contextlib import nullcontext
 from importlib import util
 from inspect import signature
 from pathlib import Path
@@ -90,8 +92,11 @@ def evaluate(
     trained_on: list[str] | None = None,  # files like --data that the model was trained on: count what is asked again
     generate: bool = False,  # score written answers instead of the logits of the choices
     max_new_tokens: _Count = 16,  # of a written answer
-    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
-    batch: _Count = 12,  # questions of one haystack answered at once
+    prompt: str | None = None,  # text before each question (default: that of its training, else the benchmark's)
+    batch_size: _Count = 12,  # questions answered at once, of one haystack or of several
+    max_batch_tokens: _Count = 16_384,  # of haystacks read at once, padding included; a longer one is read alone
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",  # of the weights (default the file's)
+    attn_implementation: str | None = None,  # such as sdpa, eager or flash_attention_2 (default: the library's choice)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
@@ -109,34 +114,59 @@ def evaluate(
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
     from laid_nb.accuracy import Results, by_size
-    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    records, thinks = _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, before)
+    first = _first_process()
+    loaded, processor = load_model(model, dtype, attention=attn_implementation)
+    before = _prompt(model, processor, prompt, BENCHMARKS[benchmark].prompt if data else "", first)
+    asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
+                 max_batch_tokens=max_batch_tokens, together=True, progress=first)
+    records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
     results = Results({model: by_size(records)})
-    _report(results, records, haystacks, seen, thinks, out, vhs, plot)
+    if first:
+        _report(results, records, haystacks, seen, processor, out, vhs, plot)
     return results
 
 # %% ../nbs/13_cli.ipynb #eval-parts
-def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, prompt) -> tuple:
-    "Ask a model, by a training-free baseline where `ways` has one: (records, what `opens_thought` says)."
-    device = prepare_process()
+def _first_process() -> bool:
+    "Whether this process writes and prints; where accelerate or torchrun start several, they meet here."
+    prepare_process()
+    from accelerate import PartialState
+    import torch
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return True
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+def _prompt(model, processor, given, own, first) -> str:
+    "The text before each question, said aloud: `given`, or that of the model's training, or the benchmark's `own`."
+    from laid_nb.inputs import read_prompt
+    trained = read_prompt(model_path(model), processor)
+    found = own if trained is None else trained
+    used = found if given is None else given
+    whose = "as given" if given is not None else "of the benchmark" if trained is None else "of the model's training"
+    others = {"the model's training": trained, "the benchmark": own}
+    if first:
+        print(f"prompt {whose}: {used!r}" + "".join(f"; that of {name} is {text!r}" for name, text in others.items()
+                                                   if text not in (None, used)))
+    return used
+
+def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
+    "Records of a model, asked by a training-free baseline where `ways` has one; `asked`: arguments of `evaluate`."
+    import torch
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all, read_records
-    from laid_nb.inputs import opens_thought
-    loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    with remove_on_failure(out, keep=lambda path: read_records(path)[1]):
-        given = haystacks, out, model, batch, generate, max_new_tokens, prompt
-        return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    with remove_on_failure(out, keep=lambda path: read_records(path)[1]) if out else nullcontext():
+        return ask_all(model, processor, haystacks, out, **asked)
 
-def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
+def _report(results, records, haystacks, seen, processor, out, vhs, plot) -> None:
     "The table and what belongs to it, and the files that are asked for."
     from laid_nb.accuracy import plot_accuracy, table_cells, table_text
+    from laid_nb.inputs import opens_thought
     from laid_nb.vhs import write_vhs
     print(table_text(table_cells(results)))
     if seen:
         print(seen)
-    _print_mass(records, thinks)
+    _print_mass(records, opens_thought(processor, haystacks[0]))
     _print_compliance(records)
     if vhs:
         write_vhs(records, haystacks, vhs)
@@ -278,6 +308,7 @@ def train(
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     haystacks: _Count = 400,  # number of drawn haystacks, 12 questions each
+    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
     config: str | None = None,  # YAML file of settings; flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
@@ -285,6 +316,7 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last."""
     _check_source(data, pictures)
     prepare_process()
+    from laid_nb.inputs import HaystackCollator
     from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
@@ -297,8 +329,11 @@ def train(
         _say_plan(student, teacher, args, stacks)
     model, processor = load_model(student, "auto", args.student_bits, args.device)
     anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
+    collate = HaystackCollator(processor, prompt=before)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
-        trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
+        trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
+                              data_collator=collate)
         trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_student(out/"model", model_path(student))
     if trainer.is_world_process_zero():
