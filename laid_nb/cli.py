@@ -116,7 +116,7 @@ def evaluate(
     from laid_nb.accuracy import Results, by_size
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
-    before = _prompt(model, processor, prompt, BENCHMARKS[benchmark].prompt if data else "", first)
+    before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
     records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
@@ -134,17 +134,17 @@ def _first_process() -> bool:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1: return True
     return PartialState(cpu=not torch.cuda.is_available()).is_main_process
 
-def _prompt(model, processor, given, own, first) -> str:
-    "The text before each question, said aloud: `given`, or that of the model's training, or the benchmark's `own`."
+def _prompt(model, processor, given, benchmark, first) -> str:
+    "The text before each question, said aloud: `given`, or that of the model's training, or the benchmark's own."
     from laid_nb.inputs import read_prompt
-    trained = read_prompt(model_path(model), processor)
-    found = own if trained is None else trained
-    used = found if given is None else given
-    whose = "as given" if given is not None else "of the benchmark" if trained is None else "of the model's training"
-    others = {"the model's training": trained, "the benchmark": own}
+    own = BENCHMARKS[benchmark].prompt if benchmark else ""
+    known = {"as given": given, "of the model's training": read_prompt(model_path(model), processor),
+             f"of the benchmark {benchmark}" if benchmark else "of drawn haystacks": own}
+    known = _given(**known)
+    whose, used = next(iter(known.items()))
     if first:
-        print(f"prompt {whose}: {used!r}" + "".join(f"; that of {name} is {text!r}" for name, text in others.items()
-                                                   if text not in (None, used)))
+        others = [f"; {other}: {text!r}" for other, text in known.items() if text != used]
+        print(f"prompt {whose}: {used!r}", *others, sep="")
     return used
 
 def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
