@@ -309,6 +309,9 @@ def train(
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     haystacks: _Count = 400,  # number of drawn haystacks, 12 questions each
     prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
+    eval_data: list[str] | None = None,  # files like --data that the student is asked about every --eval_steps
+    eval_sizes: _Sizes | None = None,  # or images of haystacks that are drawn for it
+    eval_questions: _Count = 36,  # at each of these sizes
     config: str | None = None,  # YAML file of settings; flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
@@ -318,13 +321,15 @@ def train(
     prepare_process()
     from laid_nb.inputs import HaystackCollator
     from laid_nb.train import LaidTrainer
+    from laid_nb.validation import Validation
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
-    read = read_haystacks(data, image_root, benchmark, **columns) if data else None
-    stacks = read or drawn_training(sizes, haystacks, args.seed, kind)
-    refuse_bad_pictures(stacks)
+    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
+    stacks = read(data) if data else drawn_training(sizes, haystacks, args.seed, kind)
+    tests = _validation_set(stacks, read, eval_data, eval_sizes, eval_questions, kind)
+    refuse_bad_pictures(stacks + tests)
     if args.process_index == 0:
         _say_plan(student, teacher, args, stacks)
     model, processor = load_model(student, "auto", args.student_bits, args.device)
@@ -334,6 +339,8 @@ def train(
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
         trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
                               data_collator=collate)
+        if tests:
+            Validation(trainer, tests)
         trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_student(out/"model", model_path(student))
     if trainer.is_world_process_zero():
@@ -342,6 +349,16 @@ def train(
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
+
+# %% ../nbs/13_cli.ipynb #train-validation
+def _validation_set(stacks, read, data, sizes, questions, kind) -> list:
+    "Haystacks that a student is asked about while it learns: read or drawn; [] for none."
+    if data and sizes: raise ValueError("which haystacks to evaluate on? give --eval_data or --eval_sizes, not both")
+    found = read(data) if data else drawn_test(sizes, questions, kind=kind) if sizes else []
+    shared = overlap(data_marks(stacks), found) if found else None
+    if shared:
+        print(f"laid: warning: of --eval_data {shared}: accuracy measures memory as well", file=sys.stderr)
+    return found
 
 # %% ../nbs/13_cli.ipynb #train-anchor
 def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed
