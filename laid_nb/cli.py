@@ -113,17 +113,13 @@ def evaluate(
     refuse_bad_pictures(haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
-    from laid_nb.accuracy import Results, by_size
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
     records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
-    results = Results({model: by_size(records)})
-    if first:
-        _report(results, records, haystacks, seen, processor, out, vhs, plot)
-    return results
+    return _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
 
 # %% ../nbs/13_cli.ipynb #eval-parts
 def _first_process() -> bool:
@@ -158,11 +154,14 @@ def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
     with remove_on_failure(out, keep=lambda path: read_records(path)[1]) if out else nullcontext():
         return ask_all(model, processor, haystacks, out, **asked)
 
-def _report(results, records, haystacks, seen, processor, out, vhs, plot) -> None:
-    "The table and what belongs to it, and the files that are asked for."
-    from laid_nb.accuracy import plot_accuracy, table_cells, table_text
+# %% ../nbs/13_cli.ipynb #eval-report
+def _report(model, records, haystacks, seen, processor, out, vhs, plot, first):
+    "Results; of the first process the table and what belongs to it, and the files that are asked for."
+    from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
     from laid_nb.inputs import opens_thought
     from laid_nb.vhs import write_vhs
+    results = Results({model: by_size(records)})
+    if not first: return results
     print(table_text(table_cells(results)))
     if seen:
         print(seen)
@@ -174,6 +173,7 @@ def _report(results, records, haystacks, seen, processor, out, vhs, plot) -> Non
         with atomic_write(plot) as part:
             plot_accuracy(results).savefig(part, dpi=160)
     print("written: " + ", ".join(str(path) for path in (out, vhs, plot) if path))
+    return results
 
 # %% ../nbs/13_cli.ipynb #eval-mass
 def _print_mass(
@@ -319,9 +319,6 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last."""
     _check_source(data, pictures)
     prepare_process()
-    from laid_nb.inputs import HaystackCollator
-    from laid_nb.train import LaidTrainer
-    from laid_nb.validation import Validation
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
@@ -332,15 +329,9 @@ def train(
     refuse_bad_pictures(stacks + tests)
     if args.process_index == 0:
         _say_plan(student, teacher, args, stacks)
-    model, processor = load_model(student, "auto", args.student_bits, args.device)
-    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    collate = HaystackCollator(processor, prompt=before)
     with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
-        trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
-                              data_collator=collate)
-        if tests:
-            Validation(trainer, tests)
+        trainer = _trainer(student, teacher, args, simulation, stacks, tests, before)
         trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
     trainer.save_student(out/"model", model_path(student))
     if trainer.is_world_process_zero():
@@ -349,6 +340,20 @@ def train(
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
+
+# %% ../nbs/13_cli.ipynb #train-trainer
+def _trainer(student: str, teacher: str, args, simulation, stacks: list, tests: list, prompt: str):
+    "The LaidTrainer of a pair; `tests`: what the student is asked about while it learns."
+    from laid_nb.inputs import HaystackCollator
+    from laid_nb.train import LaidTrainer
+    from laid_nb.validation import Validation
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    anchor = _anchor(student if teacher == "self" else teacher, args)
+    collate = HaystackCollator(processor, prompt=prompt)
+    made = LaidTrainer(model, args, stacks, processor, *anchor, simulation, data_collator=collate)
+    if tests:
+        Validation(made, tests)
+    return made
 
 # %% ../nbs/13_cli.ipynb #train-validation
 def _validation_set(stacks, read, data, sizes, questions, kind) -> list:

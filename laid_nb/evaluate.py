@@ -56,7 +56,7 @@ class _Continuation(DynamicLayer):
 class PrefixCache(NamedTuple):
     "Haystacks that have been read: what every question about them continues from."
     cache: DynamicCache  # keys and values of the images
-    start: torch.Tensor  # [3, haystacks, 1] ([haystacks, 1] without M-RoPE) position of the first token after the images
+    start: torch.Tensor  # [3, haystacks, 1] ([haystacks, 1] without M-RoPE) position of what follows the images
     length: int  # tokens in the cache, padding included
     real: torch.Tensor | None = None  # [haystacks, length] 1, or 0 for padding; None: there is none
 
@@ -77,13 +77,13 @@ def read_prefix(
     given = {name: stack([part[name] for part in parts]) for name in parts[0]}
     given["position_ids"] = torch.cat([F.pad(p, (0, longest - n)) for p, n in zip(positions, lengths)], -2)
     model(**given, past_key_values=cache, use_cache=True, logits_to_keep=1)
-    real = None if min(lengths) == longest else stack([torch.ones_like(p.reshape(-1, n)[:1])
-                                                       for p, n in zip(positions, lengths)])
+    real = stack([torch.ones_like(p.reshape(-1, n)[:1]) for p, n in zip(positions, lengths)])
+    real = None if min(lengths) == longest else real
     return PrefixCache(cache, torch.cat(starts, -2), longest, real)
 
 # %% ../nbs/10a_evaluate.ipynb #tails
 def _continued(prefix, tails, owners=None):
-    "What to call a model with to continue prefixes with token lists: a batch, padded on the left; owners: whose each is."
+    "What to call a model with to continue prefixes (`owners`: which each) with token lists, padded on the left."
     device, n = prefix.start.device, len(tails)
     owners = torch.tensor(owners or [0]*n, device=device)
     lengths = torch.tensor([len(t) for t in tails], device=device)
@@ -223,7 +223,7 @@ def _neighbours(items, size, most, limit, alike=lambda item: None):
             yield group
             group = []
         group.append(item)
-    if group: yield group
+    yield from [group] if group else []
 
 # %% ../nbs/10a_evaluate.ipynb #asked
 class _How(NamedTuple):
@@ -288,8 +288,8 @@ def _ask_whole(model, processor, group, how):
     for some in _neighbours(readings(), lambda reading: reading[1]["input_ids"].shape[1], how.batch, how.limit):
         found = _read_whole(model, [inputs for _, inputs, _, _ in some], [n for _, _, n, _ in some])
         for (i, _, _, ids), log_p in zip(some, found):
-            whole = ids is not None
-            scores[i].append(_whole_log_p(log_p, ids, how.ends)[None] if whole else log_p[-1, [c[0] for c in rows[i][2]]])
+            first = [choice[0] for choice in rows[i][2]]
+            scores[i].append(log_p[-1, first] if ids is None else _whole_log_p(log_p, ids, how.ends)[None])
     return [(torch.cat(parts), ids) for parts, ids in zip(scores, said)]
 
 # %% ../nbs/10a_evaluate.ipynb #ask-many
@@ -313,7 +313,8 @@ def ask_many(
     windows, found = _has_windows(model), []
     def kind(asked): return bool(asked.inputs["prefix"]), windows and int(asked.inputs["prefix"])
     each = zip(haystacks, turns, features or [None]*len(haystacks))
-    for group in _neighbours((_asked(processor, h, t, size, x) for h, t, x in each), _tokens, batch, max_batch_tokens, kind):
+    asked = (_asked(processor, h, t, size, x) for h, t, x in each)
+    for group in _neighbours(asked, _tokens, batch, max_batch_tokens, kind):
         way = _ask_parts if int(group[0].inputs["prefix"]) else _ask_whole
         answers = iter(way(model, processor, group, how))
         found += [_told(processor, [next(answers) for _ in asked.turns], max_new_tokens) for asked in group]
@@ -573,7 +574,8 @@ def _ask_group(model, processor, group, asking, features, marks, batch, length, 
     "Records of one group."
     seen = [features and features[h.id] for h, _ in group]
     if asking:
-        told = [asking(model, processor, h, turns, batch, length, prompt, size, x) for (h, turns), x in zip(group, seen)]
+        how = batch, length, prompt, size
+        told = [asking(model, processor, h, turns, *how, x) for (h, turns), x in zip(group, seen)]
     else:
         stacks, turns = zip(*group)
         told = ask_many(model, processor, stacks, turns, batch, length, prompt, size, features and seen, limit)
@@ -608,7 +610,8 @@ def evaluate(
     if features:
         _check_tower(model, features)
     marks = {h.id: haystack_fingerprint(h) for h in haystacks}
-    header = _header(model, processor, name=name, generate=length, prompt=prompt, image_size=size, method=method)
+    settings = dict(name=name, generate=length, prompt=prompt, image_size=size, method=method)
+    header = _header(model, processor, **settings) if path else {}
     path = Path(path) if path and place[0] == 0 else None
     there, *_ = _shared(place, lambda: _resume(path, header, marks) if path else [])
     records = {(r["haystack"], r["question"]): r for r in there}

@@ -353,7 +353,7 @@ def _digest(
     for name, x in sorted(named):
         x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
         flat = x.detach().flatten()
-        values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
+        values = flat[::max(1, flat.numel()//4096)].double().cpu().clone().numpy()  # FSDP2 resizes what no array shares
         digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
     return digest.hexdigest()
 

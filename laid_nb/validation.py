@@ -21,7 +21,7 @@ from .shard import is_sharded
 # %% ../nbs/10c_validation.ipynb #log-numbers
 def log_numbers(
     records: list[dict],  # from `evaluate`
-) -> dict[str, float]:  # `eval_accuracy_N` of each size; `eval_window`, `eval_window_low`, `eval_window_high` of several
+) -> dict[str, float]:  # `eval_accuracy_N` of each size; of several `eval_window` and its ends, `…_low` and `…_high`
     "What a trainer's log keeps of an evaluation."
     results = Results({"student": by_size(records)})
     found = {f"eval_accuracy_{n}": float(a) for n, a in zip(results.sizes, results.accuracy["student"])}

@@ -1,4 +1,5 @@
 """What each of two gloo processes does for test_evaluate_processes.py; run by torchrun: evaluate_worker.py FOLDER JOB ..."""
+import json
 import os
 import signal
 import sys
@@ -13,6 +14,8 @@ from laid_nb import cli
 from laid_nb import evaluate as module
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import drawn_test
+from laid_nb.validation import Validation
+from shard_worker import FSDP, allow_cpu, fresh, keep, trainer
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -44,6 +47,20 @@ def divided(folder):
     distributed.barrier()
 
 
+def trained(folder):
+    "Two steps on two processes, with an evaluation at each, and without; then a sharded student."
+    logs = {}
+    for name, settings in (("ddp", {}), ("alone", {}), ("fsdp", FSDP)):
+        fresh()
+        made = trainer(folder/name, 1, 2, method="sft", lambda_hidden=None, gain=True, eval_steps=1, **settings)
+        assert made.args.world_size == 2 and made.is_fsdp_enabled == (name == "fsdp")
+        if name != "alone": Validation(made, drawn_test(SIZES, QUESTIONS))
+        made.train()
+        keep(made, folder/name)
+        logs[name] = [{k: x for k, x in h.items() if k.startswith("eval_")} for h in made.state.log_history if "eval_window" in h]
+    Path(folder/f"log-{os.environ['RANK']}.json").write_text(json.dumps(logs))
+
+
 def broken(folder, name, error):
     "The second process fails at its second group; what both say on stderr goes to files."
     real, calls = module.ask_many, []
@@ -69,5 +86,6 @@ def ends(folder):
 
 
 if __name__ == "__main__":
+    allow_cpu()
     torch.set_num_threads(1)
     for job in sys.argv[2:]: globals()[job](Path(sys.argv[1]))

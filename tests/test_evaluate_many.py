@@ -12,7 +12,7 @@ from laid_nb.evaluate import ask, ask_many, evaluate, read_records
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import family_of, precompute_prompts
 from test_evaluate import tiny
-from test_families import ROUNDED, Built
+from test_families import Built
 
 TEXTS = ("a cup", "a tie", "a cup and a tie")  # they begin alike: the whole answer is scored
 
