@@ -72,18 +72,20 @@ def every(self: Validation) -> int:
     return max(1, math.ceil(given*steps) if given < 1 else int(given))
 
 @patch
-def _log(self: Validation, step):
-    if step != self.done:
-        self.done = step
-        self.trainer.log(self.measure())
+def _log(self: Validation, step, control):
+    "Ask and log, once a step; the losses of the step are still to be logged."
+    if step == self.done: return
+    self.done, losses = step, control.should_log
+    self.trainer.log(self.measure())
+    control.should_log = losses
 
 @patch
 def on_train_begin(self: Validation, args, state, control, **kwargs):
     self.done = None
     if state.global_step == 0:
-        self._log(0)
+        self._log(0, control)
 
 @patch
 def on_step_end(self: Validation, args, state, control, **kwargs):
     if state.global_step % self.every() == 0 or state.global_step == state.max_steps:
-        self._log(state.global_step)
+        self._log(state.global_step, control)

@@ -29,7 +29,7 @@ def evaluations(made): return {h["step"]: h for h in made.state.log_history if a
 @pytest.mark.parametrize("settings", [dict(gain=True, lora_rank=2), dict(method="kd", dropout=.5)], ids=["gain-lora", "dropout"])
 def test_the_weights_are_those_of_a_training_without(settings, processor, tiny, tmp_path):
     "Bit for bit; window simulation and dropout draw random numbers at every step."
-    dropout, found = settings.pop("dropout", 0), []
+    dropout, found, logs = settings.pop("dropout", 0), [], []
     for tests in (TESTS, None):
         made = trainer(tmp_path/str(bool(tests)), processor, tiny, tests, teacher=tiny("teacher"), eval_steps=2, **settings)
         made.simulation = WindowSimulation(max_gap=50*bool(dropout))
@@ -37,6 +37,8 @@ def test_the_weights_are_those_of_a_training_without(settings, processor, tiny, 
             if hasattr(module, "attention_dropout"): module.attention_dropout = dropout
         made.train()
         found.append(made.model.state_dict())
+        logs.append([{k: x for k, x in h.items() if "loss" in k or k == "grad_norm"} for h in made.state.log_history if "loss" in h])
+    assert logs[0] == logs[1] and len(logs[0]) == 4
     assert found[0].keys() == found[1].keys() and all(torch.equal(a, found[1][name]) for name, a in found[0].items())
     before = tiny("student").state_dict()
     assert any(name in before and not torch.equal(a, before[name]) for name, a in found[0].items())
