@@ -317,8 +317,8 @@ def _plot_accuracies(
     for n, colour in zip(sizes, colours):
         found = [_accuracies(h).get(n, float("nan")) for h in evaluations]
         axes.plot(steps, found, color=colour, linewidth=1.3, marker=".", markersize=4, label=f"{n}")
-    window = evaluations[-1].get("eval_window")
-    axes.set(ylim=(0, 1.04), xlabel="step", title="accuracy" + ("" if window is None else f"; window {window:.3g} images"))
+    window = f"; window {evaluations[-1]['eval_window']:.3g} images" if "eval_window" in evaluations[-1] else ""
+    axes.set(ylim=(0, 1.04), xlabel="step", title="accuracy" + window)
     axes.legend(title="images", title_fontsize=8, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5),
                 borderpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
