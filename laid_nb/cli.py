@@ -98,8 +98,11 @@ def evaluate(
     trained_on: list[str] | None = None,  # files like --data that the model was trained on: count what is asked again
     generate: bool = False,  # score written answers instead of the logits of the choices
     max_new_tokens: _Count = 16,  # of a written answer
-    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
-    batch: _Count = 12,  # questions of one haystack answered at once
+    prompt: str | None = None,  # text before each question (default: that of its training, else the benchmark's)
+    batch_size: _Count = 12,  # questions answered at once, of one haystack or of several
+    max_batch_tokens: _Count = 16_384,  # of haystacks read at once, padding included; a longer one is read alone
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",  # of the weights (default the file's)
+    attn_implementation: str | None = None,  # such as sdpa, eager or flash_attention_2 (default: the library's choice)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
@@ -116,34 +119,58 @@ def evaluate(
     refuse_bad_pictures(haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
-    from laid_nb.accuracy import Results, by_size
-    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    records, thinks = _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, before)
-    results = Results({model: by_size(records)})
-    _report(results, records, haystacks, seen, thinks, out, vhs, plot)
-    return results
+    first = _first_process()
+    loaded, processor = load_model(model, dtype, attention=attn_implementation)
+    before = _prompt(model, processor, prompt, benchmark if data else None, first)
+    asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
+                 max_batch_tokens=max_batch_tokens, together=True, progress=first)
+    records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
+    return _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
 
 # %% ../nbs/13_cli.ipynb #eval-parts
-def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, prompt) -> tuple:
-    "Ask a model, by a training-free baseline where `ways` has one: (records, what `opens_thought` says)."
-    device = prepare_process()
+def _first_process() -> bool:
+    "Whether this process writes and prints; where accelerate or torchrun start several, they meet here."
+    prepare_process()
+    from accelerate import PartialState
+    import torch
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return True
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+def _prompt(model, processor, given, benchmark, first) -> str:
+    "The text before each question, said aloud: `given`, or that of the model's training, or the benchmark's own."
+    from laid_nb.inputs import read_prompt
+    own = BENCHMARKS[benchmark].prompt if benchmark else ""
+    known = {"as given": given, "of the model's training": read_prompt(model_path(model), processor),
+             f"of the benchmark {benchmark}" if benchmark else "of drawn haystacks": own}
+    known = _given(**known)
+    whose, used = next(iter(known.items()))
+    if first:
+        others = [f"; {other}: {text!r}" for other, text in known.items() if text != used]
+        print(f"prompt {whose}: {used!r}", *others, sep="")
+    return used
+
+def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
+    "Records of a model, asked by a training-free baseline where `ways` has one; `asked`: arguments of `evaluate`."
+    import torch
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all
-    from laid_nb.inputs import opens_thought
-    loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    given = haystacks, out, model, batch, generate, max_new_tokens, prompt
-    return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return ask_all(model, processor, haystacks, out, **asked)
 
-def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
-    "The table and what belongs to it, and the files that are asked for."
-    from laid_nb.accuracy import plot_accuracy, table_cells, table_text
+# %% ../nbs/13_cli.ipynb #eval-report
+def _report(model, records, haystacks, seen, processor, out, vhs, plot, first):
+    "Results; of the first process the table and what belongs to it, and the files that are asked for."
+    from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
+    from laid_nb.inputs import opens_thought
     from laid_nb.vhs import write_vhs
+    results = Results({model: by_size(records)})
+    if not first: return results
     print(table_text(table_cells(results)))
     if seen:
         print(seen)
-    _print_mass(records, thinks)
+    _print_mass(records, opens_thought(processor, haystacks[0]))
     _print_compliance(records)
     if vhs:
         write_vhs(records, haystacks, vhs)
@@ -151,6 +178,7 @@ def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
         with atomic_write(plot) as part:
             plot_accuracy(results).savefig(part, dpi=160)
     print("written: " + ", ".join(str(path) for path in (out, vhs, plot) if path))
+    return results
 
 # %% ../nbs/13_cli.ipynb #eval-mass
 def _print_mass(
@@ -314,6 +342,10 @@ def train(
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     haystacks: _Count = 400,  # number of drawn haystacks, 12 questions each
+    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
+    eval_data: list[str] | None = None,  # files like --data that the student is asked about every --eval_steps
+    eval_sizes: _Sizes | None = None,  # or images of haystacks that are drawn for it
+    eval_questions: _Count = 36,  # at each of these sizes
     config: str | None = None,  # YAML file of settings; flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
@@ -321,23 +353,21 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last. Ctrl-C and SIGTERM save a checkpoint."""
     _check_source(data, pictures)
     prepare_process()
-    from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     begin = start_point(out, _checkpoint(args.resume_from_checkpoint), args.overwrite_output_dir, args.world_size)
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
-    read = read_haystacks(data, image_root, benchmark, **columns) if data else None
-    stacks = read or drawn_training(sizes, haystacks, args.seed, kind)
-    refuse_bad_pictures(stacks)
+    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
+    stacks = read(data) if data else drawn_training(sizes, haystacks, args.seed, kind)
+    tests = _validation_set(stacks, read, eval_data, eval_sizes, eval_questions, kind)
+    refuse_bad_pictures(stacks + tests)
     if args.process_index == 0:
         _say_plan(student, teacher, args, stacks)
-    model, processor = load_model(student, "auto", args.student_bits, args.device)
-    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with _until_stopped(out) as callback:
         with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
-            trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
-                                  callbacks=[callback])
+            trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", model_path(student), stacks)
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
@@ -369,6 +399,31 @@ def _save_student(trainer, folder: Path, base: str, haystacks: list) -> None:
         trainer.save_student(part, base)
         save_marks(part, data_marks(haystacks))
     print(f"written: {folder}; measure it with: laid eval {folder} --pictures")
+
+# %% ../nbs/13_cli.ipynb #train-trainer
+def _trainer(student: str, teacher: str, args, simulation, stacks: list, tests: list, prompt: str, callback):
+    "The LaidTrainer of a pair; `tests`: what the student is asked about while it learns."
+    from laid_nb.inputs import HaystackCollator
+    from laid_nb.train import LaidTrainer
+    from laid_nb.validation import Validation
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    anchor = _anchor(student if teacher == "self" else teacher, args)
+    collate = HaystackCollator(processor, prompt=prompt)
+    made = LaidTrainer(model, args, stacks, processor, *anchor, simulation, data_collator=collate,
+                       callbacks=[callback])
+    if tests:
+        Validation(made, tests)
+    return made
+
+# %% ../nbs/13_cli.ipynb #train-validation
+def _validation_set(stacks, read, data, sizes, questions, kind) -> list:
+    "Haystacks that a student is asked about while it learns: read or drawn; [] for none."
+    if data and sizes: raise ValueError("which haystacks to evaluate on? give --eval_data or --eval_sizes, not both")
+    found = read(data) if data else drawn_test(sizes, questions, kind=kind) if sizes else []
+    shared = overlap(data_marks(stacks), found) if found else None
+    if shared:
+        print(f"laid: warning: of --eval_data {shared}: accuracy measures memory as well", file=sys.stderr)
+    return found
 
 # %% ../nbs/13_cli.ipynb #train-anchor
 def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed

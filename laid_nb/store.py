@@ -341,12 +341,26 @@ def quantisation(
     raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
                      "which is not installed: pip install bitsandbytes")
 
+# %% ../nbs/06a_store.ipynb #model-file
+def model_file(
+    model: str | Path,  # a folder, or a name on the hub
+    name: str,  # of a file of ours beside a model's own
+) -> Path | None:  # None: there is none
+    "A file that may lie beside a model."
+    from transformers.utils import cached_file
+    if Path(model).is_dir(): return Path(model)/name if (Path(model)/name).is_file() else None
+    try:
+        return Path(cached_file(str(model), name))
+    except (OSError, ValueError):
+        return None
+
 # %% ../nbs/06a_store.ipynb #load-model
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
     bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
     device="cpu",  # where quantised weights go; others are on the CPU
+    attention: str | None = None,  # attn_implementation of transformers, such as sdpa or eager; None: its choice
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
@@ -360,7 +374,8 @@ def load_model(
             check_template(processor)
         _check_declared(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=attention, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
