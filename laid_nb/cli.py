@@ -296,7 +296,7 @@ def train(
     _check_source(data, pictures)
     prepare_process()
     from laid_nb.check import Case, refuse_faults, run_checks
-    from laid_nb.train import LaidTrainer
+    from laid_nb.train import LaidTrainer, set_limits
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
@@ -307,6 +307,7 @@ def train(
         _say_plan(student, teacher, args, stacks)
     model, processor = load_model(student, "auto", args.student_bits, args.device)
     anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    set_limits(args, stacks, processor, anchor_processor)
     if args.process_index == 0:
         quick = Case(model, processor, stacks, args, anchor, anchor_processor, simulation, counted=8)
         refuse_faults(run_checks(quick, quick=True, say=_say_warning))
@@ -340,6 +341,7 @@ def check(*args, **kwargs):  # -> list of laid_nb.check.Found
     _check_source(given["data"], given["pictures"])
     prepare_process()
     from laid_nb.check import Case, run_checks
+    from laid_nb.train import set_limits
     args, simulation = _training_settings((_yaml_settings(given["config"]) if given["config"] else {}) | settings)
     if args.world_size > 1: raise ValueError("laid check runs in one process: start it without torchrun or accelerate")
     named = (given[name] for name in ("data", "image_root", "benchmark"))
@@ -347,6 +349,7 @@ def check(*args, **kwargs):  # -> list of laid_nb.check.Found
     student, teacher = given["student"], given["teacher"]
     model, processor = load_model(student, "auto", args.student_bits, args.device)
     anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    set_limits(args, stacks, processor, anchor_processor)
     case = Case(model, processor, stacks, args, anchor, anchor_processor, simulation)
     report = run_checks(case, say=lambda found: print(found, flush=True))
     faults = [found.check for found in report if found.kind == "fault"]

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from .folder import TensorFolder
 from .haystack import IMAGE, Haystack, Passage, Question
+from .limits import size_of_images
 from .store import processor_fingerprint, short_hash, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/07c_inputs.ipynb #check-turns
@@ -272,6 +273,7 @@ def _run_processor(processor, text, haystack, size) -> dict:
     if not is_text(haystack):
         pictures = [haystack.image(i, size) for i in range(len(haystack.images))]
         given |= dict(images=[pictures], return_text_replacement_offsets=True)
+        given |= size_of_images(processor, len(pictures))
     made = dict(processor(text=[text], **given))
     offsets, replaced = made.pop("offset_mapping"), made.pop("text_replacement_offsets", None)
     made = {name: x for name, x in made.items() if name not in OURS}

@@ -37,6 +37,7 @@ from laid_nb.inputs import (
     HaystackCollator, SizeSampler, check_among, check_towers, image_inputs, n_images, precompute, read_groups,
     read_positions
 )
+from .limits import limit_pixels
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
@@ -77,6 +78,14 @@ def _fields(options: dict) -> list[tuple]:
 
 # %% ../nbs/09b_train.ipynb #loading-settings
 @dataclass
+class _Pixels:
+    "How large pictures may be; kept with the student's processor."
+    min_pixels: int | None = _setting(None, "Pixels that an image has at least. Default: the processor's.")
+    max_pixels: int | None = _setting(None, "Pixels that an image has at most. Default: the processor's.")
+    image_budget: int | None = _setting(None, (
+        "Pixels that all images of a haystack have together at most: each of n gets an n-th. Default: no budget."))
+
+@dataclass
 class _Loading:
     "How the two models are loaded."
     student_dtype: Literal["float32", "bfloat16"] = _setting("float32", (
@@ -97,7 +106,7 @@ class _Loading:
 
 # %% ../nbs/09b_train.ipynb #config
 @dataclass
-class LaidConfig(_own_settings(), _Loading, TrainingArguments):
+class LaidConfig(_own_settings(), _Loading, _Pixels, TrainingArguments):
     "Settings of a distillation: `transformers.TrainingArguments`, with the paper's values as defaults, and ours."
     method: Literal[METHODS] = _setting("laid", (
         "Loss terms: answers (sft), answers and the teacher's softened answers (kd), both and Eq. 7 (laid), or all of "
@@ -278,6 +287,18 @@ def check_pair(
     largest, rows = max(student_tokenizer.get_vocab().values()), teacher.get_input_embeddings().num_embeddings
     if largest >= rows: raise ValueError(f"the tokenizer has ids to {largest}, the teacher embeds only {rows}")
 
+def set_limits(args: LaidConfig, data, *processors) -> None:
+    "Set the limits of the settings in both processors. `ValueError` for samples that were encoded without them."
+    limits = {name: getattr(args, name) for name in ("min_pixels", "max_pixels", "image_budget")}
+    named = ", ".join(name for name, value in limits.items() if value is not None)
+    if not named: return
+    if not isinstance(data, Stream) and len(data) and isinstance(data[0], dict):
+        raise ValueError(f"these samples are encoded already, without {named}: limit_pixels(processor, …) comes before "
+                         "`precompute`")
+    for processor in processors:
+        if processor is not None:
+            limit_pixels(processor, **limits)
+
 def _check_run(
     args: LaidConfig,
     data,  # training set
@@ -411,6 +432,7 @@ class LaidTrainer(Trainer):
         collator = kwargs.setdefault("data_collator", HaystackCollator(processing_class))
         kwargs["data_collator"] = PictureGuard(collator, args.on_bad_image)
         train_dataset = as_stream(train_dataset)
+        set_limits(args, train_dataset, processing_class, teacher_processing_class)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         _check_run(args, train_dataset, teacher, collator.turns)
         mend_generation(model)

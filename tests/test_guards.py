@@ -1,4 +1,5 @@
 """Nothing silently wrong: each fault of an objective or a number is planted, and must be named."""
+import copy
 import json
 import math
 import warnings
@@ -7,9 +8,9 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from refusals import refused
 from transformers import GenerationConfig, SmolLM3Config, SmolLM3ForCausalLM, TrainerCallback
 
+import families
 from laid_nb import capture, check, cli, inputs, losses, parts, train
 from laid_nb.accuracy import Results, count
 from laid_nb.align import build_mixing
@@ -18,9 +19,11 @@ from laid_nb.check import CHECKS, Case, run_checks
 from laid_nb.gain import fold_gain, rope_gains
 from laid_nb.haystack import Haystack, Passage, Question, picture_haystack
 from laid_nb.inputs import FAMILIES, HaystackCollator, encode, precompute, prompt_inputs, question_ids
+from laid_nb.limits import limit_pixels
 from laid_nb.parts import GainPart, MixingPart
-from laid_nb.store import save_model
+from laid_nb.store import load_model, save_model
 from laid_nb.train import LaidConfig, LaidTrainer
+from refusals import refused
 
 QUIET = dict(use_cpu=True, disable_tqdm=True, report_to="none", save_strategy="no", logging_steps=1, per_device_train_batch_size=2,
              gradient_accumulation_steps=1, learning_rate=1e-3, mixing_learning_rate=1e-2, max_steps=1, warmup_steps=0)
@@ -143,7 +146,6 @@ def test_models_that_share_a_weight(trainer, tiny):
 
 
 def test_processors_that_differ(case, processor):
-    import copy
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [.5]*3
     with refused(ValueError, "image_mean"): look(case(teacher_processor=other), "processors")
@@ -415,3 +417,56 @@ def test_laid_check_names_every_fault(command, tmp_path):
 def test_laid_train_does_the_quick_part_first(command, tmp_path):
     code, out, err = command("train", [entry("a.png"), entry("b.png", TURN)])
     assert code == 2 and "mine.json, entry 1" in err and "<|im_end|>" in err and not (tmp_path/"run").exists()
+
+
+# --- how large pictures may be --------------------------------------------------------
+@pytest.fixture
+def photos(tmp_path):
+    "photos(n): a haystack of n large pictures on disk."
+    def make(n):
+        for i in range(n): Image.effect_noise((300, 200), 90).convert("RGB").save(tmp_path/f"photo{i}.png")
+        return Haystack(tuple(tmp_path/f"photo{i}.png" for i in range(n)), (Question("dog", "cup", "single", True, (0,)),), f"photos-{n}")
+    return make
+
+
+def image_tokens(processor, haystack): return int((encode(processor, haystack, [0])["input_ids"] == processor.image_token_id).sum())
+
+
+def test_limits_are_saved_with_the_student_and_hold_in_evaluation(processor, tiny, photos, tmp_path):
+    reads, two, six = copy.deepcopy(processor), photos(2), photos(6)
+    before = image_tokens(reads, two)
+    args = LaidConfig(str(tmp_path/"run"), **QUIET | dict(method="sft", max_pixels=40*784, image_budget=60*784))
+    made = LaidTrainer(tiny("student"), args, [two, six], reads)
+    made.train()
+    made.save_student(tmp_path/"result")
+    _, again = load_model(str(tmp_path/"result"))
+    assert image_tokens(reads, two) == image_tokens(again, two) <= 60 < before and 6 <= image_tokens(again, six) <= 60
+    assert int((prompt_inputs(again, six, 56)["input_ids"] == again.image_token_id).sum()) == image_tokens(again, six)
+    assert image_tokens(again, photos(1)) <= 40
+    with refused(ValueError, "100 images", "image_budget", "min_pixels"): image_tokens(again, replace(six, images=six.images[:1]*100))
+
+
+@pytest.mark.parametrize("family, name", [("llava", "LlavaProcessor"), ("idefics3", "Idefics3Processor"), ("gemma3", "Gemma3Processor"), ("internvl", "InternVLProcessor")])
+def test_processors_without_limits_in_pixels_are_refused_by_name(family, name):
+    for limit in (dict(max_pixels=10_000), dict(min_pixels=10_000), dict(image_budget=10_000)):
+        with refused(ValueError, name, "no limits in pixels"): limit_pixels(getattr(families, family)()[0], **limit)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "glm4v"])
+def test_limits_hold_in_every_family_that_has_them(family, photos):
+    reads, _ = getattr(families, family)()
+    four, token = photos(4), (reads.image_processor.patch_size*reads.image_processor.merge_size)**2
+    limit_pixels(reads, min_pixels=token, max_pixels=30*token)
+    free = image_tokens(reads, four)
+    limit_pixels(reads, image_budget=40*token)
+    assert 15*4 <= free <= 30*4 and 20 <= image_tokens(reads, four) <= 40
+
+
+def test_limits_that_come_too_late(trainer, pool):
+    with refused(ValueError, "encoded already", "max_pixels"): trainer(method="sft", data=pool[:2], max_pixels=10_000)
+
+
+def test_limits_that_do_not_fit(processor):
+    reads = copy.deepcopy(processor)
+    for limits, words in ((dict(max_pixels=0), ("max_pixels is 0",)), (dict(min_pixels=5000, max_pixels=4000), ("5,000", "4,000"))):
+        with refused(ValueError, *words): limit_pixels(reads, **limits)
