@@ -23,14 +23,14 @@ from .capture import intercept
 from .evaluate import ask
 from .guards import check_still, not_finite
 from .inputs import HaystackCollator, check_words, image_inputs, n_images, read_positions
-from .losses import TERMS, count_items
+from .losses import TERMS, check_same_tokens, count_items
 from .pair import check_same_reading
 from .parts import GainPart, MixingPart
 from .patch import patch
 from .pictures import check_pictures, pictures_of
 from .plan import disk_needed
 from .simulate import WindowSimulation
-from .store import mend_generation
+from .store import mend_generation, tokenizer_of
 from .train import LaidConfig, LaidTrainer
 
 # %% ../nbs/09f_check.ipynb #case
@@ -186,6 +186,7 @@ CHECKS["tokens"] = Check("token counts are within the context of both models", _
 def _processors(case: Case) -> str:
     if case.teacher is None: return "no teacher"
     if case.teacher_processor is None: return "the teacher's was not given: it is taken to read as the student's"
+    check_same_tokens(*map(tokenizer_of, (case.processor, case.teacher_processor)))
     check_same_reading(case.processor, case.teacher_processor)
     return "both make the same of the same pictures and words"
 
