@@ -84,7 +84,7 @@ def check_padding(
     mask = batch.get("attention_mask")
     if mask is None or mask.shape != batch["input_ids"].shape:
         raise ValueError("the batch has no attention_mask [batch, tokens]: padding could not be told from words")
-    pads = (batch["input_ids"] == pad_token_id) & (batch["labels"] == -100) & (batch["image"] < 0)
+    pads = (batch["input_ids"] == pad_token_id) & (batch["labels"] == -100)
     behind = pads.flip(1).int().cumprod(1).flip(1).bool()  # the pads at the end of each row
     counted = (behind & mask.bool()).sum(1)
     if (counted > 1).any():
