@@ -375,7 +375,7 @@ def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
 ) -> dict:
-    "The README as a front page: figure and ways in come first, of code only what it shows stays."
+    "The README as a front page: its picture answers to the pointer, the ways in follow, of code only what it shows stays."
     cells, figure = [], ""
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
@@ -386,13 +386,10 @@ def home(
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
-            cell["source"] = cell["source"].replace(found[0], "")
+            shown = hero.replace("{viewer}", placed(only_haystack(shipped_view(0), 50), figure))
+            cell["source"] = cell["source"].replace(found[0], f"{shown}\n\n")
         cells.append(cell)
-    first = cells[0]
-    viewer = only_haystack(shipped_view(0), 50)
-    hero = hero.replace("{viewer}", placed(viewer, figure))
-    top, mark, rest = first["source"].partition("\n## ")
-    first["source"] = f"{top.rstrip()}\n\n{hero}\n\n{mark.strip()} {rest}"
+    if not figure: raise Refused("nbs/index.ipynb: the front page needs a picture, ![what is to be seen](file)")
     return nb | dict(cells=cells)
 
 def shipped_view(i): return read(ROOT/"data"/"spectra"/"views.json")[i]
