@@ -375,7 +375,7 @@ def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
 ) -> dict:
-    "The README as a front page: its picture answers to the pointer, the ways in follow, of code only what it shows stays."
+    "The README as a front page: its picture answers to the pointer; of code only what it shows stays."
     cells, figure = [], ""
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
@@ -597,11 +597,13 @@ SIGNS = dict(zip(GREEK.split(), "αβγδεζηθικλμνξπρστφχψω"))
     partial="∂", propto="∝", langle="⟨", rangle="⟩", odot="⊙",
     sqrt="√", ast="*", lVert="‖", rVert="‖", Vert="‖", lfloor="⌊", rfloor="⌋")
 
+WORDS = ("cos", "sin", "log", "exp", "max", "min", "softmax", "arg", "mod", "det", "lim")
+
 def maths_as_text(
     latex: str,
 ) -> str:  # what a search result shows: signs for commands, no braces
     text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", html.unescape(latex))
-    text = re.sub(r"\\([A-Za-z]+)\s?", lambda found: SIGNS.get(found[1], ""), text)
+    text = re.sub(r"\\([A-Za-z]+)\s?", lambda found: SIGNS.get(found[1], found[1]*(found[1] in WORDS)), text)
     return re.sub(r"\s+", " ", re.sub(r"\\[,;:!| ]?|[{}&]|_(?=\{)|(?<=\w)_", "", text)).strip()
 
 MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\w$])\$([^$\n]+?)\$(?![\w$])", re.S)

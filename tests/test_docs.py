@@ -183,9 +183,9 @@ def test_navigation_follows_the_files():
     nav = build.navigation(titles, ["rope"], {"your_pair.md": "Your own pair", "glossary.md": "Glossary"})
     sections = {k: v for item in nav for k, v in item.items()}
     pages = {k: [next(iter(i.values())) for i in v] for k, v in sections.items() if isinstance(v, list)}
-    assert list(sections) == ["Home", "Understand", "Use", "Evidence", "API", "Glossary"]
+    assert list(sections) == ["Home", "Play", "Understand", "Use", "Evidence", "API", "Glossary"] and pages["Play"] == ["play.md", "12a_more.ipynb"]
     assert pages["Understand"] == ["00_rope.ipynb", "05_gain.ipynb"]
-    assert pages["Use"] == ["06_window.ipynb", "12a_more.ipynb", "13_cli.ipynb", "your_pair.md", "cli.md"]
+    assert pages["Use"] == ["06_window.ipynb", "13_cli.ipynb", "your_pair.md", "cli.md"]
     assert pages["Evidence"] == ["experiments/why.ipynb"] and pages["API"] == ["api/index.md", "api/rope.md"]
 
 def test_a_notebook_without_a_place_is_refused():
