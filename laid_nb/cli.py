@@ -542,13 +542,13 @@ def demo(
 @command
 def real(
     rows: list[str] = ("self-anchored", "anchor", "KD + gain", "SFT"),  # trainings, with those they need
-    seeds: Annotated[list[int], number_list] = (0,),  # of trainings, such as 0,1,2
+    seeds: list[int] = (0,),  # of trainings
     out: str = "laid-real",  # results; a run that was stopped goes on there
-    questions: _Count | None = None,  # at each size (default 96)
+    questions: _Count | None = None,  # at each size (default 48)
 ):  # -> laid_nb.accuracy.Results
     "Teach SmolLM2-135M text haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
     from laid_nb.real import Real, run_real
-    given = dict(rows=list(rows), seeds=",".join(map(str, seeds)), out=out, questions=questions)
+    given = dict(rows=list(rows), seeds=tuple(seeds), out=out, questions=questions)
     return run_real(Real(**_given(questions=questions)), out, rows, seeds, command_line("laid real", real, **given))
 
 # %% ../nbs/13_cli.ipynb #main

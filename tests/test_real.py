@@ -3,12 +3,23 @@ import dataclasses
 
 import pytest
 import torch
-from families import build
 
+from families import build
 from laid_nb import real
 from laid_nb.haystack import OBJECTS
 from laid_nb.inputs import encode
-from laid_nb.real import ROWS, Real, light, listed_haystack, listed_test, load_text, perplexity, plain_model, pretrained, run_real
+from laid_nb.real import (
+    ROWS,
+    Real,
+    light,
+    listed_haystack,
+    listed_test,
+    load_text,
+    perplexity,
+    plain_model,
+    pretrained,
+    run_real,
+)
 from laid_nb.store import read_json
 
 
