@@ -53,7 +53,7 @@ def prompt(tokenizer, haystack) -> Prompt:
 
 class Reading(NamedTuple):
     "What a model made of a prompt."
-    right: torch.Tensor  # [questions] bool
+    scores: torch.Tensor  # [questions, choices] logits, the right choice first
     cache: Cache  # queries and keys of all layers
     bias: torch.Tensor  # [tokens, tokens]: -inf between questions
     image: torch.Tensor  # [tokens] the item a token belongs to, counted among those kept
@@ -87,8 +87,7 @@ def read(model, prompt: Prompt, count: int, span: int) -> Reading:
     with capture(model, bias=bias[None, None]) as cache:
         logits = model(input_ids=ids[None], position_ids=positions(image, turn, span/count)[None],
                        attention_mask=torch.ones(1, len(ids)), logits_to_keep=last, use_cache=False).logits[0]
-    right = logits.gather(1, prompt.choices).argmax(1) == 0
-    return Reading(right, cache, bias, image, torch.searchsorted(kept, prompt.needles), last)
+    return Reading(logits.gather(1, prompt.choices), cache, bias, image, torch.searchsorted(kept, prompt.needles), last)
 
 
 def look(reading: Reading) -> torch.Tensor:  # [layers, heads, questions]
@@ -108,7 +107,7 @@ def measure(model, prompts: list[Prompt], cells: list[tuple], looks: bool) -> tu
     "Every cell of every haystack: cell -> [questions] bool, and cell -> [layers, heads] where count = span."
     right, seen = {}, {}
     for count, span in cells:
-        readings = [(r.right, look(r) if looks and count == span else None)
+        readings = [(r.scores.argmax(1) == 0, look(r) if looks and count == span else None)
                     for r in (read(model, p, count, span) for p in prompts)]
         right[f"{count} over {span}"] = torch.cat([r for r, _ in readings])
         if looks and count == span:

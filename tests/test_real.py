@@ -1,11 +1,14 @@
 """Text haystacks, and the trainings of `laid real` on a tiny model in the package's place."""
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from families import build
 from laid_nb import real
+from laid_nb.evaluate import ask
 from laid_nb.haystack import OBJECTS
 from laid_nb.inputs import encode
 from laid_nb.real import (
@@ -21,6 +24,8 @@ from laid_nb.real import (
     run_real,
 )
 from laid_nb.store import read_json
+
+sys.path.insert(0, str(Path(__file__).parent.parent/"experiments"))
 
 
 def tiny():
@@ -117,3 +122,44 @@ def test_perplexity_is_that_of_the_next_token():
     with torch.no_grad(): log_p = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     expected = torch.exp(-torch.stack([log_p[i, ids[i + 1]] for i in range(len(ids) - 1)]).mean())
     assert perplexity(model, words, "Alice was beginning") == pytest.approx(expected.item(), rel=1e-5)
+
+
+# --- experiments/real.py -------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def asked():
+    "(script, model, haystack, its prompt)"
+    import importlib
+    script = importlib.import_module("real")
+    model, words = tiny()
+    haystack = listed_test([12], 12, seed=5)[0]
+    return script, model, words, haystack, script.prompt(words, haystack)
+
+
+def test_questions_read_together_are_those_asked_alone(asked):
+    script, model, words, haystack, prompt = asked
+    scores, _ = ask(model, words, haystack)
+    read = script.read(model, prompt, 12, 12).scores
+    for q, row, alone in zip(haystack.questions, read, scores):
+        order = [q.choices.index(q.answer), *(i for i, c in enumerate(q.choices) if c != q.answer)]
+        torch.testing.assert_close(row - row[0], (alone - alone[order[0]])[order], atol=1e-4, rtol=1e-4)
+
+
+def test_positions_are_stretched_between_items_and_not_in_them(asked):
+    script, model, words, haystack, prompt = asked
+    as_is, wide = (script.positions(prompt.image, prompt.turn, stretch) for stretch in (1, 3))
+    shown = int((prompt.turn < 0).sum())
+    assert as_is[:shown].tolist() == list(range(shown)) and as_is[prompt.turn == 1][0] == shown
+    for i in range(12):
+        own = prompt.image == i
+        assert (wide[own] - wide[own][0]).tolist() == list(range(int(own.sum()))) and wide[own][0] == 3*as_is[own][0]
+    assert wide[prompt.turn == 0][0] == 3*shown
+
+
+def test_fewer_items_keep_the_needles_and_heads_share_one_attention(asked):
+    script, model, words, haystack, prompt = asked
+    few = script.read(model, prompt, 12, 12)
+    right, seen = script.measure(model, [prompt], [(12, 12), (12, 24)], True)
+    assert set(right) == {"12 over 12", "12 over 24"} and set(seen) == {"12"}
+    assert seen["12"].shape == (2, 4) and (seen["12"] > 0).all() and (seen["12"] < 1).all()
+    assert prompt.ids[prompt.image == prompt.needles[0]].numel() == (few.image == few.needles[0]).sum()
