@@ -544,7 +544,7 @@ def real(
     rows: list[str] = ("self-anchored", "anchor", "KD + gain", "SFT"),  # trainings, with those they need
     seeds: list[int] = (0,),  # of trainings
     out: str = "laid-real",  # results; a run that was stopped goes on there
-    questions: _Count | None = None,  # at each size (default 48)
+    questions: _Count | None = None,  # at each size (default 96)
 ):  # -> laid_nb.accuracy.Results
     "Teach SmolLM2-135M text haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
     from laid_nb.real import Real, run_real

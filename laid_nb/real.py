@@ -131,8 +131,8 @@ ROWS = {  # name -> how it is made, in this order
 @dataclass(frozen=True)
 class Real:
     "All else that the result of `laid real` depends on."
-    questions: int = 48  # at each size
-    sizes: tuple = (1, 5, 20, 50, 100, 150)  # items of a test haystack
+    questions: int = 96  # at each size
+    sizes: tuple = (1, 5, 20, 50, 100, 150, 300)  # items of a test haystack
     batch: int = 4  # training haystacks a step
     learning_rate: float = 5e-5  # where all weights are trained
     mixing_learning_rate: float = 5e-3  # of the gain and the mixing weights
