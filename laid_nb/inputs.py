@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from .folder import TensorFolder
@@ -485,13 +486,13 @@ def precompute(
 
 # %% ../nbs/07c_inputs.ipynb #sample-key
 @functools.lru_cache(None)
-def _file_hash(path, modified, size): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+def _file_hash(path, *state): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 def _image_mark(image) -> str:
     "What a picture is: the scene that is drawn, or the bytes of the file."
     if not isinstance(image, (str, Path)): return repr(image)
     about = Path(image).stat()
-    return _file_hash(str(image), about.st_mtime_ns, about.st_size)
+    return _file_hash(str(image), about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino)
 
 def sample_key(
     haystack: Haystack,
@@ -536,6 +537,17 @@ def _store(haystacks, collator, models, folder, share, progress) -> StoredSample
         kept.save(keys[i], {name: x for name, x in sample.items() if torch.is_tensor(x)})
     return StoredSamples(haystacks, keys, kept, collator.turns)
 
+# %% ../nbs/07c_inputs.ipynb #to-model
+def to_model(
+    model,  # a transformers model
+    inputs,  # tensors, in tuples or dictionaries
+):
+    "The same, on the device where the model takes its inputs."
+    embed = model.get_input_embeddings()
+    spread = getattr(embed, "_hf_hook", None)  # accelerate's, of a model over several devices
+    place = getattr(spread, "execution_device", None)
+    return send_to_device(inputs, embed.weight.device if place is None else place)
+
 # %% ../nbs/07c_inputs.ipynb #image-inputs
 def _check_seen(model, batch, name):
     "Refuses image tokens without an image: a model that is given neither features nor pixels answers blindly."
@@ -563,11 +575,12 @@ def image_inputs(
     features = batch.get(name)
     if features is None:
         _check_seen(model, batch, name)
-        return {key: x for key, x in batch.items() if key not in OURS}
-    image = batch["input_ids"] == getattr(model.config, family.image)
-    embeds = model.get_input_embeddings()(batch["input_ids"])
+        return to_model(model, {key: x for key, x in batch.items() if key not in OURS})
+    ids = to_model(model, batch["input_ids"])
+    image = ids == getattr(model.config, family.image)
+    embeds = model.get_input_embeddings()(ids)
     _check_features(features, name, (int(image.sum()), embeds.shape[-1]), role)
-    beside = {key: batch[key] for key in family.beside if key in batch}
+    beside = to_model(model, {key: batch[key] for key in family.beside if key in batch})
     return beside | {"inputs_embeds": embeds.masked_scatter(image[..., None], features.to(embeds))}
 
 # %% ../nbs/07c_inputs.ipynb #positions

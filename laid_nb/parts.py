@@ -21,7 +21,7 @@ from laid_nb.align import (
 )
 from .capture import Cache, residual_streams
 from .gain import folded_state, gain_folds, rope_gains
-from .inputs import image_inputs, read_positions
+from .inputs import image_inputs, read_positions, to_model
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch
 from .rope import rope_layers
@@ -71,7 +71,7 @@ def _part_state(
     "The file of a part; `FileNotFoundError` where that run had none."
     path = Path(folder)/part.file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {part.missing}")
+        raise FileNotFoundError(f"{path} is not there: the checkpoint is not whole, or {part.missing}")
     return load_file(path)
 
 def _entries(
@@ -129,7 +129,8 @@ def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
     "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
     self.reach, reaches = None, []
     for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
-        inputs = batch and image_inputs(model, batch, role) | dict(position_ids=read_positions(self.student, batch))
+        inputs = batch and image_inputs(model, batch, role) | dict(
+            position_ids=to_model(model, read_positions(self.student, batch)))
         reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
     self.reach = min(filter(None, reaches), default=None)
 

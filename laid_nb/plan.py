@@ -503,16 +503,18 @@ def plan_training(
     cards: Cards,
     samples: int = 5000,  # haystacks in the training set
     mean: Sample | None = None,  # an average sample, for the time; None: all are as long as the longest
+    simulate: bool = True,  # run the step for what comes and goes: 2 to 4 s; False: only what stands there always
 ) -> Plan:
     "Memory, disk and time of a training, from configs and settings. `ValueError` for a family that is not cut as Qwen."
     kinds, beside, sizes = _stands(student, teacher, args, cards)
     dtypes = _student_dtype(student, args), _teacher_dtype(teacher, args)
     compute = torch.bfloat16 if args.fsdp and args.bf16 else dtypes[0]
-    phases = simulate_step(student, teacher, args, sample, (compute, dtypes[1]))
-    phase, moving = max(phases.items(), key=lambda item: sum(item[1].values()))
-    tokens = sample_tokens(student, sample)
-    moving = dict(moving) | {"terms by blocks": _block_bytes(student, args, tokens)}
-    kinds |= {kind: size for kind, size in sorted(moving.items(), key=lambda item: -item[1])}
+    phase, tokens = "no step is run", sample_tokens(student, sample)
+    if simulate:
+        phases = simulate_step(student, teacher, args, sample, (compute, dtypes[1]))
+        phase, moving = max(phases.items(), key=lambda item: sum(item[1].values()))
+        moving = dict(moving) | {"terms by blocks": _block_bytes(student, args, tokens)}
+        kinds |= {kind: size for kind, size in sorted(moving.items(), key=lambda item: -item[1])}
     made = Plan(sample, tokens, cards, {k: int(v) for k, v in kinds.items()}, phase, beside)
     made.disk = _disk(args, sizes[0], dtypes[0], samples, cards)
     _add_time(made, (student, teacher), sizes, args, mean or sample, samples)
@@ -545,7 +547,7 @@ def _disk(args, own: _Sizes, dtype, samples: int, cards: Cards) -> dict[str, int
     every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps*steps))
     made = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(str(getattr(args.save_strategy, "value", "steps")),
                                                                   math.ceil(steps/every))
-    kept = min(made, args.save_total_limit or made)
+    kept = min(made, (args.save_total_limit or made) + 1)  # an old one goes when a new one is there
     one = own.whole*dtype.itemsize + own.trained*_state_bytes(args.optim, 4 if args.lora_rank else dtype.itemsize)
     return {f"disk: {kept} checkpoints": int(kept*one), "disk: the student": own.whole*2}
 
