@@ -22,9 +22,10 @@ def script(name):
 
 @pytest.mark.parametrize("name", ["distil", "self_anchor"])
 def test_a_training_leaves_a_stock_checkpoint_that_has_moved(name, tmp_path):
-    script(name).main(out=str(tmp_path), steps=1)
+    script(name).main(out=str(tmp_path), steps=2)  # the first of a warm-up has a rate of 0
     trained = AutoModelForImageTextToText.from_pretrained(tmp_path/"model")
-    moved = [n for (n, a), b in zip(trained.named_parameters(), load_model("student")[0].parameters()) if (a != b).any()]
+    start = dict(load_model("student")[0].named_parameters())
+    moved = [n for n, x in trained.named_parameters() if (x != start[n]).any()]
     assert moved and not any("visual" in n for n in moved)
 
 
