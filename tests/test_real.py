@@ -1,5 +1,6 @@
 """Text haystacks, and the trainings of `laid real` on a tiny model in the package's place."""
 import dataclasses
+import shutil
 import sys
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from laid_nb.real import (
     plain_model,
     pretrained,
     run_real,
+    train_row,
 )
 from laid_nb.store import read_json
 
@@ -96,6 +98,18 @@ def test_a_row_changes_its_student_and_is_not_made_twice(ran):
     before = (out/"models"/"laid-plus-0"/"model.safetensors").stat().st_mtime_ns
     run_real(plan, out, ["LAid+"])
     assert (out/"models"/"laid-plus-0"/"model.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_training_that_was_stopped_goes_on(ran, tmp_path, monkeypatch):
+    plan, out, _ = ran
+    shutil.copytree(out/"models"/"student-0", tmp_path/"models"/"student-0")
+    def full(*_): raise OSError("no space left")
+    with monkeypatch.context() as patch:
+        patch.setattr(real.LaidTrainer, "save_student", full)
+        with pytest.raises(OSError, match="no space left"): train_row(plan, "plain SFT", tmp_path)
+    train_row(plan, "plain SFT", tmp_path)  # from the checkpoint of the last step
+    once, again = (dict(load_text(folder/"models"/"plain-sft-0")[0].named_parameters()) for folder in (out, tmp_path))
+    for name, x in once.items(): torch.testing.assert_close(again[name], x, atol=1e-6, rtol=1e-5)
 
 
 def test_another_plan_or_row_is_refused(ran):
