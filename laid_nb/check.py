@@ -329,6 +329,8 @@ def trainer(self: Case) -> _Trial:
     if "trainer" not in self.made:
         self.made["dtype"] = self.student.dtype
         self.made["weights"] = {name: x.detach().cpu().clone() for name, x in self.student.state_dict().items()}
+        configs = {id(m.config): m.config for m in self.student.modules() if hasattr(m, "config")}
+        self.made["configs"] = [(config, dict(vars(config))) for config in configs.values()]
         near = Path(self.args.output_dir).absolute().parent
         near.mkdir(parents=True, exist_ok=True)
         self.made["folder"] = tempfile.TemporaryDirectory(dir=near, prefix=".laid-check-")
@@ -350,6 +352,9 @@ def put_back(self: Case) -> None:
     "The student as it was given."
     vars(self.student).pop("peft_config", None)  # adapters that are merged by now
     self.student.to(self.made["dtype"]).load_state_dict(self.made["weights"])
+    for config, own in self.made["configs"]:  # saving writes into them
+        vars(config).clear()
+        vars(config).update(own)
 
 # %% ../nbs/09f_check.ipynb #attention-check
 def _pair(case: Case) -> str:
