@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from .attention import attention_kinds, layers_left_out, said_of_layers
@@ -23,6 +22,7 @@ from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_p
 from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
 from .simulate import asked_rows
 from .spectra import needle_shares, real_tokens
+from .store import read_tensors
 
 # %% ../nbs/09_align.ipynb #needle
 def _check_needle(
@@ -223,7 +223,7 @@ def load_mixing(
     "Mixing weights as a run saved them; pairs of layers, form and constraint are read from the file."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there: a run of method 'laid' or 'laid+' saves it in every checkpoint")
-    state = load_file(path)
+    state, _ = read_tensors(path)
     pairs = sorted({tuple(map(int, key.split(".")[0].split("-"))) for key in state})
     mixing = build_mixing(student, teacher, pairs, **mixing_kind(state), by_dimension=by_dimension)
     mixing.load_state_dict(state)

@@ -28,11 +28,11 @@ from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
-from laid_nb.inputs import OURS, encode
+from laid_nb.inputs import OURS, PROMPT_FILE, encode
 from laid_nb.script import number_list
 from laid_nb.spectra import distance_response
 from laid_nb.store import EMBEDDED, load_model, save_model, slug
-from laid_nb.vhs import export_vhs
+from laid_nb.vhs import VHS_PROMPT, export_vhs
 
 
 def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
@@ -487,3 +487,51 @@ def test_bad_arguments_of_inspect(options, words, work, shown, capsys):
 
 def test_inspect_wants_a_port_that_is_free(work, shown, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken: refused(capsys, work, ["inspect", "--port", taken.getsockname()[1]], str(taken.getsockname()[1]), "in use")
+
+
+# --- the prompt, the dtype, and evaluation during training ----------------------
+
+def test_eval_asks_as_the_training_did_and_says_so(pair, work, capsys):
+    export_vhs(drawn_test([2], 2), work/"vhs-files")
+    files = ["--data", work/"vhs-files", "--image_root", work/"vhs-files"/"images"]
+    line = ["train", "--student", pair/"student", "--method", "sft", *files, "--max_steps", "1", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
+    ok([*line, "--prompt", "Yes or no? ", "--output_dir", "own"])
+    ok([*line, "--output_dir", "vhs"])
+    assert [json.loads(Path(name, "model", PROMPT_FILE).read_text())["prompt"] for name in ("own", "vhs")] == ["Yes or no? ", VHS_PROMPT]
+    capsys.readouterr()
+    def said(model, *more):
+        Path("a.jsonl").unlink(missing_ok=True)
+        ok(["eval", model, "--out", "a.jsonl", *more])
+        return read_records("a.jsonl")[0]["prompt"], capsys.readouterr().out.splitlines()[0]
+    assert said("own/model", *files) == ("Yes or no? ", f"prompt of the model's training: 'Yes or no? '; of the benchmark vhs: {VHS_PROMPT!r}")
+    assert said("own/model", *files, "--prompt", "Look. ")[1].startswith("prompt as given: 'Look. '; of the model's training: 'Yes or no? '")
+    assert said("vhs/model", *files) == (VHS_PROMPT, f"prompt of the model's training: {VHS_PROMPT!r}")
+    assert said(pair/"student", *files) == (VHS_PROMPT, f"prompt of the benchmark vhs: {VHS_PROMPT!r}")
+    assert said(pair/"student", "--pictures", "--sizes", "1", "--questions", "1") == ("", "prompt of drawn haystacks: ''")
+
+
+def test_eval_in_another_dtype_or_attention_is_another_file(pair, work, capsys):
+    line = ["eval", pair/"student", "--pictures", "--sizes", "1", "--questions", "2", "--out", "a.jsonl"]
+    ok(line)
+    assert {k: read_records("a.jsonl")[0][k] for k in ("dtype", "attention")} == dict(dtype="float32", attention="sdpa")
+    refused(capsys, work, [*line, "--dtype", "bfloat16"], "another model, dtype")
+    refused(capsys, work, [*line, "--attn_implementation", "eager"], "another attention")
+    refused(capsys, work, [*line, "--attn_implementation", "nonsense"], "cannot load the model")
+    refused(capsys, work, [*line, "--dtype", "int3"], "int3")
+    ok([*line[:-1], "b.jsonl", "--dtype", "bfloat16", "--attn_implementation", "eager"])
+    assert {k: read_records("b.jsonl")[0][k] for k in ("dtype", "attention")} == dict(dtype="bfloat16", attention="eager")
+
+
+def test_train_evaluates_as_it_goes(pair, work, capsys):
+    plain = ["train", "--student", pair/"student", "--method", "sft", "--use_cpu", "true", "--report_to", "none"]
+    line = [*plain, "--pictures", "--haystacks", "2", "--sizes", "2", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    ok([*line, "--eval_sizes", "1,2", "--eval_questions", "4", "--eval_steps", "1", "--output_dir", "a"])
+    log = json.loads((work/"a/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    asked = [h for h in log if "eval_window" in h]
+    assert [h["step"] for h in asked] == [0, 1, 2] and all({"eval_accuracy_1", "eval_accuracy_2"} <= h.keys() for h in asked)
+    export_vhs(drawn_test([2], 2), work/"vhs-files")
+    files = ["--data", work/"vhs-files", "--image_root", work/"vhs-files"/"images"]
+    capsys.readouterr()
+    ok([*plain, *files, "--eval_data", work/"vhs-files", "--max_steps", "1", "--save_strategy", "no", "--output_dir", "b"])
+    assert "questions of the test were in the training" in capsys.readouterr().err
+    refused(capsys, work, [*line, "--eval_sizes", "1", "--eval_data", "x.json", "--output_dir", "c"], "--eval_data or --eval_sizes")
