@@ -277,7 +277,8 @@ class _Watch(TrainerCallback):
 
     def read(self) -> torch.Tensor:
         "Logits of the student, with its parts around it."
-        with self.trainer.captured(): return _logits(self.trainer.model, self.batch, self.trainer)
+        with self.trainer.captured():
+            return _logits(self.trainer.model, self.batch, self.trainer)
 
 # %% ../nbs/09f_check.ipynb #trial-make
 @torch.no_grad()
@@ -315,8 +316,8 @@ def new_trainer(self: Case, folder: Path) -> _Trial:
     "A trainer of the trial."
     args = self.trial_settings(folder)
     some = self.by_size[:2*args.per_device_train_batch_size*args.gradient_accumulation_steps]
-    trainer = _Trial(self.student, args, some, self.processor, self.teacher, self.teacher_processor, self.simulation,
-                     data_collator=self.collator)
+    pair = self.teacher, self.teacher_processor
+    trainer = _Trial(self.student, args, some, self.processor, *pair, self.simulation, data_collator=self.collator)
     trainer.remove_callback(PrinterCallback)
     trainer.watch = _Watch(trainer, self.batch(trainer))
     trainer.add_callback(trainer.watch)
