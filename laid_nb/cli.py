@@ -253,6 +253,7 @@ def _plain_loader():
             return super().construct_mapping(node, deep)
     return Plain
 
+# %% ../nbs/13_cli.ipynb #train-yaml
 def _yaml_settings(
     path,  # YAML file
 ) -> dict:
@@ -290,11 +291,6 @@ def _own_parameters(function) -> set[str]:
     return {p.name for p in parameters if p.kind is not p.VAR_KEYWORD}
 
 # %% ../nbs/13_cli.ipynb #train-set
-def _training_set(data, image_root, benchmark, columns: dict, sizes, haystacks, seed, kind) -> list:
-    "The haystacks of a training: read, or drawn."
-    if data: return read_haystacks(data, image_root, benchmark, **columns)
-    return drawn_training(sizes, haystacks, seed, kind)
-
 def _say_warning(found) -> None:  # of a check
     if found.kind == "warning":
         print(f"laid: warning: {found.check}: {found.text}", file=sys.stderr)
@@ -422,7 +418,7 @@ def _trainer(student: str, teacher: str, args, simulation, stacks: list, tests: 
     anchor = _anchor(student if teacher == "self" else teacher, args)
     set_limits(args, stacks, processor, anchor[1])
     if args.process_index == 0:
-        quick = Case(model, processor, stacks, args, *anchor, simulation, counted=8)
+        quick = Case(model, processor, stacks, args, *anchor, simulation, prompt=prompt, counted=8)
         refuse_faults(run_checks(quick, quick=True, say=_say_warning))
     collate = HaystackCollator(processor, prompt=prompt)
     made = LaidTrainer(model, args, stacks, processor, *anchor, simulation, data_collator=collate,
@@ -463,13 +459,16 @@ def check(*args, **kwargs):  # -> list of laid_nb.check.Found
     from laid_nb.train import set_limits
     args, simulation = _training_settings((_yaml_settings(given["config"]) if given["config"] else {}) | settings)
     if args.world_size > 1: raise ValueError("laid check runs in one process: start it without torchrun or accelerate")
-    named = (given[name] for name in ("data", "image_root", "benchmark"))
-    stacks = _training_set(*named, columns, given["sizes"], given["haystacks"], args.seed, given["kind"])
+    data, benchmark, kind, prompt = (given[name] for name in ("data", "benchmark", "kind", "prompt"))
+    def read(files): return read_haystacks(files, given["image_root"], benchmark, **columns)
+    stacks = read(data) if data else drawn_training(given["sizes"], given["haystacks"], args.seed, kind)
+    tests = _validation_set(stacks, read, *(given[f"eval_{name}"] for name in ("data", "sizes", "questions")), kind)
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     student, teacher = given["student"], given["teacher"]
     model, processor = load_model(student, "auto", args.student_bits, args.device)
     anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
     set_limits(args, stacks, processor, anchor_processor)
-    case = Case(model, processor, stacks, args, anchor, anchor_processor, simulation)
+    case = Case(model, processor, stacks, args, anchor, anchor_processor, simulation, tests, before)
     report = run_checks(case, say=lambda found: print(found, flush=True))
     faults = [found.check for found in report if found.kind == "fault"]
     if faults: raise ValueError(f"{len(faults)} faults, see above: {', '.join(dict.fromkeys(faults))}")
@@ -605,7 +604,7 @@ def _write_response(
 # %% ../nbs/13_cli.ipynb #inspect-lab
 def _inspect_in_lab(names, stacks, memory, out, port, browser):
     "The heads in JupyterLab, in a notebook that can be changed."
-    if not util.find_spec("jupyterlab"): 
+    if not util.find_spec("jupyterlab"):
         raise ValueError(f"JupyterLab is not installed: {how_to_install('jupyterlab')}")
     from laid_nb.explore import KnownModels, kept_heads
     from laid_nb.serve import free_port, page, serve, shipped_heads

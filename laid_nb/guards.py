@@ -20,8 +20,8 @@ def warn_if_swapped(
     "Warn of a teacher with fewer parameters than its student (ours)."
     own, other = student.num_parameters(), teacher.num_parameters()
     if other < own:
-        warnings.warn(f"the teacher has {other:,} parameters and the student {own:,}: are they given in the wrong order?",
-                      stacklevel=3)
+        warnings.warn(f"the teacher has {other:,} parameters and the student {own:,}: "
+                      "are they given in the wrong order?", stacklevel=3)
 
 def check_apart(
     student,  # a transformers model

@@ -605,6 +605,7 @@ def _digest(
     with ThreadPoolExecutor(cores()) as pool:
         return hashlib.blake2b(b"".join(pool.map(_bytes_hash, named)), digest_size=32).hexdigest()
 
+# %% ../nbs/06a_store.ipynb #model-hash
 def model_fingerprint(
     model,  # a transformers model
     processor,  # its processor

@@ -34,11 +34,6 @@ from laid_nb.checkpoint import (
     RUN_FILE, check_same_run, checkpoints, publish_checkpoint, remove_checkpoint, remove_unfinished,
     rotate_checkpoints, start_point
 )
-from .gain import warn_of_lost
-from laid_nb.guards import (
-    check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
-    not_finite, warn_if_swapped
-)
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
     HaystackCollator, SizeSampler, check_among, check_towers, image_inputs, n_images, precompute, read_groups,
@@ -62,6 +57,11 @@ from laid_nb.shard import (
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 
 # %% ../nbs/09b_train.ipynb #imports-keeping
+from .gain import warn_of_lost
+from laid_nb.guards import (
+    check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
+    not_finite, warn_if_swapped
+)
 from .stop import Stopped, StopRequest
 from laid_nb.store import (
     atomic_write, lock, mend_generation, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
@@ -229,6 +229,7 @@ def _check_choices(config: LaidConfig) -> None:
     for name, value in numbers.items():
         if not 0 <= (value or 0) < math.inf: raise ValueError(f"{name} is {value}: need a finite number of 0 or more")
 
+# %% ../nbs/09b_train.ipynb #check-config
 def check_config(config: LaidConfig) -> None:
     "`ValueError` for settings that cannot be meant together."
     check_counts(config)
@@ -269,7 +270,8 @@ def check_counts(
     "`ValueError` for a count that is no whole number over 0."
     for name in _COUNTS:
         value = getattr(config, name)
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value}: need a whole number over 0")
+        if not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} is {value}: need a whole number over 0")
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
@@ -348,6 +350,7 @@ def set_limits(args: LaidConfig, data, *processors) -> None:
         if processor is not None:
             limit_pixels(processor, **limits)
 
+# %% ../nbs/09b_train.ipynb #check-run
 def _check_run(
     args: LaidConfig,
     data,  # training set
@@ -488,7 +491,6 @@ class LaidTrainer(Trainer):
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         self.pair = self._describe_pair(model, processing_class, teacher_processing_class)
         _check_run(args, train_dataset, teacher, collator)
-        mend_generation(model)
         self._check_models(model, args, processing_class, teacher_processing_class)
         self.kind, self.given_dtype = type(model), model.dtype
         if not args.lora_rank:
@@ -497,7 +499,6 @@ class LaidTrainer(Trainer):
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         check_learns(model)
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
-        self.counted, self.unread, self.untrodden = {}, True, True  # shares of this step; no micro-batch, no step yet
         self.begun, self.added, self.resumed = False, [], None  # resumed: the checkpoint that the run goes on from
         stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
         self.sizes, self.stacks = [n_images(s) for s in stacks], stacks
@@ -514,8 +515,7 @@ class LaidTrainer(Trainer):
         if quantised:
             model._hf_peft_config_loaded = False  # with it, only adapters would be saved
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
-        if "use_cache" in own:
-            model.config.use_cache = own["use_cache"]
+        vars(model.config).update({name: own[name] for name in ("use_cache",) if name in own})
         self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
@@ -526,6 +526,7 @@ class LaidTrainer(Trainer):
 def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher_processor):
     "Refuses a pair that cannot be trained; puts the teacher where it is to be, and freezes the tower of the student."
     rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
+    mend_generation(model)
     if self.teacher is not None:
         check_pair(model, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
         if teacher_processor is not None:
@@ -674,6 +675,9 @@ def more_parameters(self: LaidTrainer) -> list[nn.Parameter]:  # outside the stu
     return [p for part in self.parts for p in part.parameters()]
 
 # %% ../nbs/09b_train.ipynb #ready
+LaidTrainer.counted = {}  # shares that the micro-batches of this step have counted for, by item
+LaidTrainer.unread = LaidTrainer.untrodden = True  # before the first micro-batch, before the end of the first step
+
 @patch
 def check_ready(self: LaidTrainer) -> None:
     "`ValueError` or `RuntimeError` for models that have changed since the trainer was made."
@@ -760,6 +764,7 @@ def finish(self: LaidTrainer) -> None:
     self.spent = [part for part in self.parts if part.again]
     self.parts = [part for part in self.parts if not part.again]
 
+# %% ../nbs/09b_train.ipynb #train-company
 @patch
 @contextmanager
 def company(self: LaidTrainer):
