@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from laid_nb.spectra import (
-    HeadStats, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
+    HeadStats, figure_words, in_bins, key_activation, local_global, log_edges, position_response, power_spectrum
 )
 
 from .attention import layers_left_out
@@ -776,7 +776,8 @@ def _name_head(figure, i, spectra, layer, head):
               for said, name in (("nearby", "local"), ("far", "far"), ("needle", "needle"))}
     told = not math.isnan(values["needle"])
     shares = ", ".join(f"{said} {x:.0%}" for said, x in values.items()) if told else spectra.left_out.get(layer, "")
-    figure.text(y=.965 - .07*row, s=f"{spectra.name}, layer {layer}, head {head}", fontsize=10, weight="bold", **place)
+    name = figure_words(f"{spectra.name}, layer {layer}, head {head}")
+    figure.text(y=.965 - .07*row, **name, fontsize=10, weight="bold", **place)
     figure.text(y=.935 - .07*row, s=shares, fontsize=8, **place)
 
 def plot_head(

@@ -32,6 +32,7 @@ from .inputs import image_inputs, prompt_groups, prompt_inputs, question_ids, re
 from .inspector import COLOURS, View
 from .page import packed
 from .patch import patch
+from .spectra import figure_words
 
 # %% ../nbs/12c_viewer.ipynb #reading
 @dataclass(frozen=True)
@@ -266,7 +267,7 @@ def _plot_reading(figure, layout, place, pictures, needles, reading, question, e
     colour, right = COLOURS.get(reading.name, f"C{place + 4}"), bool(reading.right[question])
     yes, no = reading.log_p[question].exp().tolist()
     said = f"{'Yes' if yes > no else 'No'} ({max(yes, no):.0%}), {'right' if right else 'wrong'}"
-    figure.text(*at(0, .14), reading.name, fontsize=11, color=colour, weight="bold", va="center")
+    figure.text(*at(0, .14), **figure_words(reading.name), fontsize=11, color=colour, weight="bold", va="center")
     figure.text(*at(.95, .14), said, fontsize=10, color="#1a7f37" if right else "#c62828", va="center")
 
     shares, label = look(reading, question, needles, *eyes)
@@ -276,7 +277,7 @@ def _plot_reading(figure, layout, place, pictures, needles, reading, question, e
         _plot_grid(box(_LINES, layout.grid), pictures, needles, shares.tolist(), layout.columns)
         bars = box(_LINES + layout.grid + .06, _BARS - .06)
         _plot_bars(bars, needles, shares.tolist(), colour, layout.stacked or place == 0)
-    figure.text(*at(0, .38), label, fontsize=8.5, color="0.3", va="center")
+    figure.text(*at(0, .38), **figure_words(label), fontsize=8.5, color="0.3", va="center")
 
 
 def plot_haystack(
@@ -292,7 +293,8 @@ def plot_haystack(
     layout, pictures = _layout(n, len(readings)), [haystack.image(i) for i in range(n)]
     height = .45 + layout.tall*(len(readings) if layout.stacked else 1)
     figure = Figure(figsize=(layout.wide, height), dpi=80)
-    figure.text(.012, 1 - .3/height, f"{asked.text}  (Answer: {asked.reply})", fontsize=12, va="center")
+    words = figure_words(f"{asked.text}  (Answer: {asked.reply})")
+    figure.text(.012, 1 - .3/height, **words, fontsize=12, va="center")
     for place, reading in enumerate(readings):
         _plot_reading(figure, layout, place, pictures, asked.needles, reading, question, (token, layer, head))
     return figure

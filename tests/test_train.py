@@ -325,10 +325,10 @@ def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
     student = Qwen2_5_VLForConditionalGeneration(config).eval()
     tokens = max(HaystackCollator(processor)([h])["input_ids"].shape[1] for h in haystacks)
     assert tokens > 64
-    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, method="laid+").train()
-    trainer(student, method="laid+", lambda_attention=0.).train(), trainer(student, method="laid+", layers="0:0").train()
+    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, data="pixels", method="laid+").train()
+    trainer(student, data="pixels", method="laid+", lambda_attention=0.).train(), trainer(student, data="pixels", method="laid+", layers="0:0").train()
     config.text_config.sliding_window = tokens
-    trainer(Qwen2_5_VLForConditionalGeneration(config), method="laid+").train()  # up to its window a layer attends to all
+    trainer(Qwen2_5_VLForConditionalGeneration(config), data="pixels", method="laid+").train()  # up to its window a layer attends to all
 
 
 def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
@@ -398,7 +398,7 @@ def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch,
     from laid_nb import train
     epochs, read = set(), Recomposed.__getitem__
     monkeypatch.setattr(train.Recomposed, "__getitem__", lambda self, i: epochs.add(self.epoch()) or read(self, i))
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", recompose=.5, data=data)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", recompose=.5, data=data)  # 6 steps an epoch
     whole = trainer(folder=tmp_path/"whole", **settings)
     whole.train()
     assert epochs == {0, 1}
@@ -575,7 +575,7 @@ def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
 
 @pytest.mark.parametrize("step", [3, 6, 8])
 def test_resume_at_and_after_the_end_of_an_epoch(trainer, tmp_path, step):
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", max_gap=100)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", max_gap=100)  # 6 steps an epoch
     whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path/f"whole/checkpoint-{step}"))
