@@ -9,7 +9,11 @@ __all__ = ['COMMANDS', 'evaluate', 'train', 'plan', 'spectra', 'inspect', 'ancho
 import dataclasses
 import functools
 import json
+import os
+import shlex
+import signal
 import sys
+from contextlib import contextmanager
 from importlib import util
 from inspect import signature
 from pathlib import Path
@@ -18,12 +22,14 @@ from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 from . import __version__
 from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
+from .checkpoint import checkpoints, start_point
 from .overlap import data_marks, overlap, read_marks, save_marks
 from .pictures import refuse_bad_pictures
 from laid_nb.script import (
     CommandParser, add_command, call_command, command, command_line, layer_list, natural, number_list, numbers,
     plain_flags, positive
 )
+from .stop import stop_requests
 from laid_nb.store import (
     EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, write_json
 )
@@ -120,14 +126,13 @@ def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, promp
     "Ask a model, by a training-free baseline where `ways` has one: (records, what `opens_thought` says)."
     device = prepare_process()
     from laid_nb.baselines import evaluate_with
-    from laid_nb.evaluate import evaluate as ask_all, read_records
+    from laid_nb.evaluate import evaluate as ask_all
     from laid_nb.inputs import opens_thought
     loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    with remove_on_failure(out, keep=lambda path: read_records(path)[1]):
-        given = haystacks, out, model, batch, generate, max_new_tokens, prompt
-        return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
+    given = haystacks, out, model, batch, generate, max_new_tokens, prompt
+    return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
 
 def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
     "The table and what belongs to it, and the files that are asked for."
@@ -282,13 +287,14 @@ def train(
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
     """Distil a student from a teacher, with any setting of LaidConfig and WindowSimulation as a flag.
-    A training that was stopped goes on with --resume_from_checkpoint last."""
+    A training that was stopped goes on with --resume_from_checkpoint last. Ctrl-C and SIGTERM save a checkpoint."""
     _check_source(data, pictures)
     prepare_process()
     from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
+    begin = start_point(out, _checkpoint(args.resume_from_checkpoint), args.overwrite_output_dir, args.world_size)
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
     read = read_haystacks(data, image_root, benchmark, **columns) if data else None
     stacks = read or drawn_training(sizes, haystacks, args.seed, kind)
@@ -297,16 +303,41 @@ def train(
         _say_plan(student, teacher, args, stacks)
     model, processor = load_model(student, "auto", args.student_bits, args.device)
     anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
-    with remove_on_failure(out, keep=lambda path: any(path.glob("checkpoint-*"))):
-        trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation)
-        trainer.train(resume_from_checkpoint=_checkpoint(args.resume_from_checkpoint))
-    trainer.save_student(out/"model", model_path(student))
-    if trainer.is_world_process_zero():
-        save_marks(out/"model", data_marks(stacks))
-        print(f"written: {out/'model'}; measure it with: laid eval {out/'model'} --pictures")
+    with _until_stopped(out) as callback:
+        with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
+            trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
+                                  callbacks=[callback])
+            trainer.train(resume_from_checkpoint=begin)
+        _save_student(trainer, out/"model", model_path(student), stacks)
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
+
+# %% ../nbs/13_cli.ipynb #train-stop
+@contextmanager
+def _until_stopped(
+    out: Path,  # output folder of a training
+):  # yields a callback
+    "Signals end the step under way, with a checkpoint; what is raised knows how to go on."
+    from laid_nb.train import StopAfterStep
+    with stop_requests() as request:
+        try:
+            yield StopAfterStep(request)
+        except KeyboardInterrupt as e:
+            saved = checkpoints(out)
+            e.said = f"{saved[-1]} is saved" if saved else "before the first checkpoint"
+            e.more = ("--resume_from_checkpoint", "last") if saved else ()
+            raise
+
+def _save_student(trainer, folder: Path, base: str, haystacks: list) -> None:
+    "What was learnt, with marks of what it was learnt from, whole or not at all; every process must call this."
+    if not trainer.is_world_process_zero():
+        trainer.save_student(folder, base)
+        return
+    with atomic_write(folder) as part:
+        trainer.save_student(part, base)
+        save_marks(part, data_marks(haystacks))
+    print(f"written: {folder}; measure it with: laid eval {folder} --pictures")
 
 # %% ../nbs/13_cli.ipynb #train-anchor
 def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed
@@ -554,18 +585,33 @@ def parser() -> CommandParser:
         add_command(commands, name, function, _train_help if function is train else None)
     return top
 
+_GO_ON = ("demo", "train", "eval", "anchors")  # commands that a second call goes on with
+_AGAIN = ("--fresh", "--overwrite_output_dir", "--debug")  # flags of the first call alone
+
+def _say_stopped(
+    e: KeyboardInterrupt,
+    argv: list[str],  # of the command
+) -> int:  # exit code
+    "Say that a command was stopped, and what goes on with it."
+    if os.environ.get("RANK", "0") == "0":
+        said = "".join(f", {text}" for text in [getattr(e, "said", "")] if text)
+        again = shlex.join(["laid", *(arg for arg in argv if arg not in _AGAIN), *getattr(e, "more", ())])
+        launcher = ", started as before," if int(os.environ.get("WORLD_SIZE", 1)) > 1 else ""
+        print(f"laid: stopped{said}" + f"; go on with{launcher} {again}"*(argv[0] in _GO_ON), file=sys.stderr)
+    return 128 + getattr(e, "number", signal.SIGINT)
+
 def main(
     argv: list[str] | None = None,  # arguments; None: those of the process
 ) -> int:  # exit code
-    "Run a command: 0, or 2 after bad input with one line on stderr, or 130 when it was stopped."
+    "Run a command: 0, or 2 after bad input with one line on stderr, or 128 and the signal that stopped it."
     argv = plain_flags(sys.argv[1:] if argv is None else list(argv))
     try:
-        call_command(*parser().parse_known_args(argv))
+        with stop_requests():
+            call_command(*parser().parse_known_args(argv))
     except SystemExit as e:  # --help and --version
         return e.code or 0
-    except KeyboardInterrupt:
-        print("laid: stopped", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        return _say_stopped(e, argv)
     except (ValueError, TypeError, FloatingPointError, OSError) as e:
         if "--debug" in argv: raise
         print(f"laid: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)

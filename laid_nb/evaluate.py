@@ -10,8 +10,9 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,7 @@ from laid_nb.inputs import (
     append_text, family_of, image_inputs, prefix_inputs, prefix_length, prompt_inputs, question_ids,
     read_positions, reply_lead
 )
-from .store import model_fingerprint, tokenizer_of, tower_fingerprint
+from .store import lock, model_fingerprint, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #continuation
 class _Continuation(DynamicLayer):
@@ -319,15 +320,35 @@ def read_records(
     path: str | Path,  # JSONL file written by `evaluate`
 ) -> tuple[dict, list[dict]]:  # header and records; a last line that was cut off is left out
     "Read an evaluation. ValueError when the file is not one."
-    lines = Path(path).read_text(encoding="utf-8").split("\n")[:-1]
+    found, text = {}, _text_of(path)
+    *lines, cut = text.split("\n")
     try:
-        rows = [json.loads(line) for line in lines]
+        header, *rows = [json.loads(line) for line in lines] or [None]
     except json.JSONDecodeError as e:
         raise ValueError(f"{path} is not an evaluation of laid_nb: a line is not JSON ({e})") from None
-    if not rows: return {}, []
-    if not (isinstance(rows[0], dict) and "laid_evaluation" in rows[0]):
+    if header is None and _begins_header(cut): return {}, []
+    if not (isinstance(header, dict) and "laid_evaluation" in header):
         raise ValueError(f"{path} is not an evaluation of laid_nb: its first line does not say so")
-    return rows[0], rows[1:]
+    for number, row in enumerate(rows, 2):
+        if not (isinstance(row, dict) and {"haystack", "question", "fingerprint", "correct"} <= row.keys()):
+            raise ValueError(f"{path} is not an evaluation of laid_nb: line {number} is no record")
+        found.setdefault((str(row["haystack"]), str(row["question"])), row)
+    if len(found) < len(rows):
+        warnings.warn(f"{path} holds {len(rows) - len(found)} records twice, as when two processes wrote it: each is "
+                      "counted once")
+    return header, list(found.values())
+
+def _text_of(path):
+    "What a file of text holds."
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not an evaluation of laid_nb: it is no text") from None
+
+def _begins_header(text):
+    "Whether a file that has no whole line is empty, or the start of a header that was cut off."
+    start = '{"laid_evaluation"'
+    return start.startswith(text) or text.startswith(start)
 
 # %% ../nbs/10a_evaluate.ipynb #resume
 def _check_same(path, found, header, records, marks):
@@ -343,8 +364,7 @@ def _check_same(path, found, header, records, marks):
 
 def _resume(path, header, marks):
     "Open an evaluation for appending -> records that are there. A line that was cut off is dropped."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    found, records = read_records(path) if path.exists() else ({}, [])
+    found, records = read_records(path)
     if not found:
         path.write_text(json.dumps(header) + "\n", encoding="utf-8")
         return []
@@ -352,6 +372,20 @@ def _resume(path, header, marks):
     with open(path, "rb+") as f:
         f.truncate(f.read().rindex(b"\n") + 1)
     return records
+
+@contextmanager
+def _own_file(path, header, marks):  # yields the records that are there
+    "An evaluation to append to, for this process alone; made here, it is removed where no record came."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    made = not path.exists()
+    path.open("a").close()
+    with lock(path):
+        try:
+            yield _resume(path, header, marks)
+        except BaseException:
+            if made and not read_records(path)[1]:
+                path.unlink()
+            raise
 
 def _append(path, records):
     "Add lines in one write and see them to the disk."
@@ -429,11 +463,12 @@ def evaluate(
     marks = {h.id: haystack_fingerprint(h) for h in haystacks}
     header = dict(laid_evaluation=1, name=name, model=model_fingerprint(model, processor), generate=length,
                   prompt=prompt, image_size=size, method=method)
-    records = {(r["haystack"], r["question"]): r for r in (_resume(Path(path), header, marks) if path else [])}
-    right, total = sum(r["correct"] for r in records.values()), sum(len(h.questions) for h in haystacks)
-    bar = tqdm(total=total, initial=len(records), desc=f"evaluate {name}".strip(), unit="question",
-               disable=not progress)
-    with _evaluating(model), bar:
+    total = sum(len(h.questions) for h in haystacks)
+    with ExitStack() as held, _evaluating(model):
+        there = held.enter_context(_own_file(Path(path), header, marks)) if path else []
+        records, right = {(r["haystack"], r["question"]): r for r in there}, sum(r["correct"] for r in there)
+        bar = held.enter_context(tqdm(total=total, initial=len(records), desc=f"evaluate {name}".strip(),
+                                      unit="question", disable=not progress))
         for h in haystacks:
             turns = [t for t in range(len(h.questions)) if (h.id, t) not in records]
             if not turns: continue

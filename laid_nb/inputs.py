@@ -486,13 +486,13 @@ def precompute(
 
 # %% ../nbs/07c_inputs.ipynb #sample-key
 @functools.lru_cache(None)
-def _file_hash(path, modified, size): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
+def _file_hash(path, *state): return hashlib.blake2b(Path(path).read_bytes(), digest_size=16).hexdigest()
 
 def _image_mark(image) -> str:
     "What a picture is: the scene that is drawn, or the bytes of the file."
     if not isinstance(image, (str, Path)): return repr(image)
     about = Path(image).stat()
-    return _file_hash(str(image), about.st_mtime_ns, about.st_size)
+    return _file_hash(str(image), about.st_mtime_ns, about.st_ctime_ns, about.st_size, about.st_ino)
 
 def sample_key(
     haystack: Haystack,

@@ -71,7 +71,7 @@ def _part_state(
     "The file of a part; `FileNotFoundError` where that run had none."
     path = Path(folder)/part.file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {part.missing}")
+        raise FileNotFoundError(f"{path} is not there: the checkpoint is not whole, or {part.missing}")
     return load_file(path)
 
 def _entries(

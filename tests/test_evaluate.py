@@ -438,7 +438,7 @@ def test_nan_is_named_and_not_recorded(stack, processor, tmp_path):
     model.lm_head.weight.data.fill_(math.nan)
     named = f"question 0 of haystack 'test-single-1-0' are not finite: log p.{stack.questions[0].choices[0]}. = nan"
     with pytest.raises(FloatingPointError, match=named): run(model, processor, [stack], path=tmp_path/"a.jsonl")
-    assert model.training and read_records(tmp_path/"a.jsonl")[1] == []
+    assert model.training and not (tmp_path/"a.jsonl").exists()
 
 
 def test_written_answers(model, processor, monkeypatch):
