@@ -119,7 +119,14 @@ def evaluate(
     records, thinks = _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, before)
     results = Results({model: by_size(records)})
     _report(results, records, haystacks, seen, thinks, out, vhs, plot)
+    _write_into_card(model, results, data, kind, split, seen)
     return results
+
+def _write_into_card(model: str, results, data, kind: str, split: str, seen: str) -> None:
+    "Put results beside a student of this package."
+    from laid_nb.card import add_results
+    asked = ", ".join(Path(path).name for path in data) if data else f"drawn haystacks, {kind} needle, {split}"
+    add_results(model, results, asked, seen)
 
 # %% ../nbs/13_cli.ipynb #eval-parts
 def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, prompt) -> tuple:
@@ -308,7 +315,9 @@ def train(
             trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
                                   callbacks=[callback])
             trainer.train(resume_from_checkpoint=begin)
-        _save_student(trainer, out/"model", model_path(student), stacks)
+        _save_student(trainer, out/"model", (student, teacher), stacks)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
@@ -329,14 +338,17 @@ def _until_stopped(
             e.more = ("--resume_from_checkpoint", "last") if saved else ()
             raise
 
-def _save_student(trainer, folder: Path, base: str, haystacks: list) -> None:
-    "What was learnt, with marks of what it was learnt from, whole or not at all; every process must call this."
+def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list) -> None:
+    "What was learnt, with a card and marks of what it was learnt from, or nothing; every process must call this."
+    from laid_nb.card import write_card
+    base = model_path(pair[0])
     if not trainer.is_world_process_zero():
         trainer.save_student(folder, base)
         return
     with atomic_write(folder) as part:
         trainer.save_student(part, base)
         save_marks(part, data_marks(haystacks))
+        write_card(part, trainer, *pair, haystacks)
     print(f"written: {folder}; measure it with: laid eval {folder} --pictures")
 
 # %% ../nbs/13_cli.ipynb #train-anchor

@@ -35,7 +35,7 @@ def runs(tmp_path_factory):
         made.remove_callback(PrinterCallback)
         made.train()
         keep(made, folder/f"one{batch}-{name}")
-    try: both.wait(300), failing.wait(60)
+    try: both.wait(480), failing.wait(60)
     finally: both.terminate(), failing.terminate()
     assert both.returncode == 0, (folder/"half.log").read_text()
     assert failing.returncode == 1
