@@ -212,10 +212,12 @@ def _texts(value) -> list[str]:  # as behind a flag
     return [str(value)]
 
 def _yaml_settings(
-    path,  # YAML file
+    path,  # YAML file, or recipe:NAME for one that ships
 ) -> dict:
     "Settings in a file, as texts."
     import yaml
+    if str(path).startswith("recipe:"):
+        path = _recipe(str(path).partition(":")[2])
     if not Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
     try:
         settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
@@ -226,6 +228,12 @@ def _yaml_settings(
     for name in settings.keys() & _own_parameters(train):
         raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
     return settings
+
+def _recipe(name: str) -> Path:
+    "A recipe that ships with the package; `ValueError` names them all."
+    known = {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
+    if name not in known: raise ValueError(f"no recipe is called {name!r}: there are {', '.join(known)}")
+    return known[name]
 
 def _own_parameters(function) -> set[str]:
     "Names of the parameters of a command, without `**settings`."
@@ -290,7 +298,7 @@ def train(
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     haystacks: _Count = 400,  # number of drawn haystacks, 12 questions each
-    config: str | None = None,  # YAML file of settings; flags win over it
+    config: str | None = None,  # YAML file of settings, or recipe:NAME (data/recipes); flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
     """Distil a student from a teacher, with any setting of LaidConfig and WindowSimulation as a flag.
@@ -362,7 +370,7 @@ def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice wher
 @command
 def plan(
     student: str,  # a folder, a hub name, or teacher, student or distilled for those that ship
-    teacher: str,  # likewise
+    teacher: str,  # likewise, or self
     images: _Count = 20,  # of the longest haystack
     image_size: _Pixels = (480, 640),  # of an image (default 480:640)
     text: _Count = 40,  # tokens of a haystack beside its images, replies included
@@ -373,7 +381,7 @@ def plan(
     card_memory: float | None = None,  # GB of each, in place of the name's
     card_tflops: float | None = None,  # bf16 TFLOP/s of each, in place of the name's
     share: float = 0.4,  # of the cards' peak that a run is thought to reach
-    config: str | None = None,  # YAML file of settings; flags win over it
+    config: str | None = None,  # YAML file of settings, or recipe:NAME (data/recipes); flags win over it
     **settings,  # of LaidConfig and WindowSimulation, as for laid train
 ):  # -> laid_nb.plan.Plan
     "What a training needs: memory on each card, disk, time, and the flags that make it fit."
@@ -381,7 +389,8 @@ def plan(
     from laid_nb.plan import CARDS, Cards, Sample, advise, plan_training
     if card not in CARDS: raise ValueError(f"card {card!r} is not known: {', '.join(CARDS)}, or give --card_memory")
     args, _ = _training_settings({"use_cpu": True} | (_yaml_settings(config) if config else {}) | settings)
-    own, other = _read_config(student), None if args.method == "sft" else _read_config(teacher)
+    other = student if teacher == "self" else teacher
+    own, other = _read_config(student), None if args.method == "sft" else _read_config(other)
     named = Cards(cards, card_memory or CARDS[card][0], card_tflops or CARDS[card][1])
     sample = Sample(images, *image_size, text, replies, args.per_device_train_batch_size)
     made = plan_training(own, other, args, sample, named, samples)

@@ -155,6 +155,7 @@ class LaidConfig(_own_settings(), _Loading, _Keeping, TrainingArguments):
 
     def __post_init__(self):
         check_environment(self.deepspeed, self.fsdp)
+        self.fsdp = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)  # as a flag and a file say it
         super().__post_init__()
         if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
