@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['needle_attention', 'needle_scores', 'needle_pair', 'build_mixing', 'gram_sums', 'fit_mixing', 'load_mixing',
-           'build_projections', 'fit_projections']
+           'turning_pairs', 'build_projections', 'fit_projections']
 
 # %% ../nbs/09_align.ipynb #imports
 import math
@@ -12,7 +12,6 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from .attention import attention_kinds, layers_left_out, said_of_layers
@@ -23,6 +22,7 @@ from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_p
 from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
 from .simulate import asked_rows
 from .spectra import needle_shares, real_tokens
+from .store import read_tensors
 
 # %% ../nbs/09_align.ipynb #needle
 def _check_needle(
@@ -223,7 +223,7 @@ def load_mixing(
     "Mixing weights as a run saved them; pairs of layers, form and constraint are read from the file."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there: a run of method 'laid' or 'laid+' saves it in every checkpoint")
-    state = load_file(path)
+    state, _ = read_tensors(path)
     pairs = sorted({tuple(map(int, key.split(".")[0].split("-"))) for key in state})
     mixing = build_mixing(student, teacher, pairs, **mixing_kind(state), by_dimension=by_dimension)
     mixing.load_state_dict(state)
@@ -264,20 +264,24 @@ def measured_layers(
         scores.append(found)
     return [needle_pair(*scores)]
 
+# %% ../nbs/09_align.ipynb #turning-pairs
 def turning_pairs(
     student,  # a transformers model
     teacher,  # a transformers model
     layers: str,  # as for `layer_pairs`
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "Pairs that are named or, by depth, those in which both layers have RoPE; warns of those left out."
+    """Pairs that are named; by depth those in which both layers have RoPE; the last that have it. Warns of those left
+    out."""
     pairs = layer_pairs(layers, student.config, teacher.config)
-    if layers != "depth": return pairs
     own, other = rope_layers(student), rope_layers(teacher)
-    turned = [(s, t) for s, t in pairs if s in own and t in other]
+    if layers not in ("depth", "last") or not (own and other): return pairs  # no RoPE at all is refused elsewhere
+    both = [(s, t) for s, t in pairs if s in own and t in other]
+    turned = both if layers == "depth" else [(own[-1], other[-1])]
     if not turned: raise ValueError("no two layers of the same depth have RoPE: name pairs of layers")
-    if len(turned) < len(pairs):
+    if turned != pairs:
         left_out = ", ".join(f"{s}:{t}" for s, t in pairs if (s, t) not in turned)
-        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE", stacklevel=3)
+        instead = f"; {turned[0][0]}:{turned[0][1]} is" if layers == "last" else ""
+        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE{instead}", stacklevel=3)
     return turned
 
 # %% ../nbs/09_align.ipynb #hidden

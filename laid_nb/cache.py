@@ -29,7 +29,7 @@ class KeyedCollator:
         self,
         collator,  # a `HaystackCollator`
     ):
-        self.collator, self.turns, self.size = collator, collator.turns, collator.size
+        self.collator, self.turns, self.size, self.prompt = collator, collator.turns, collator.size, collator.prompt
 
     def __call__(
         self,
@@ -268,7 +268,7 @@ class TeacherCache:
         teacher,  # a transformers model, or a `cached_teacher`
         processor,  # that makes the inputs
         data: list,  # the training's samples
-        collator,  # with `turns` and `size`
+        collator,  # with `turns`, `size` and `prompt`
     ):
         self.settings, self.teacher, self.folder = settings, teacher, None
         self.asked, self.found, self.full = 0, 0, False  # samples: read by the teacher, found; whether it is full
@@ -277,7 +277,7 @@ class TeacherCache:
         fingerprint = weights_fingerprint(teacher) if has_body(teacher) else teacher.cache_fingerprint
         self.about = dict(
             teacher=fingerprint, processor=processor_fingerprint(processor), data=f"{len(stacks)} samples {marks}",
-            settings=dict(turns=collator.turns, size=collator.size))
+            settings=dict(turns=collator.turns, size=collator.size, prompt=collator.prompt))
 
 @patch
 def open(

@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+import warnings
 from contextlib import contextmanager
 from importlib import util
 from inspect import signature
@@ -27,11 +28,12 @@ from .overlap import data_marks, overlap, read_marks, save_marks
 from .pictures import refuse_bad_pictures
 from laid_nb.script import (
     CommandParser, add_command, call_command, command, command_line, layer_list, natural, number_list, numbers,
-    plain_flags, positive
+    one_line, plain_flags, positive
 )
 from .stop import stop_requests
 from laid_nb.store import (
-    EMBEDDED, atomic_write, data_path, load_model, model_path, prepare_process, remove_on_failure, write_json
+    EMBEDDED, atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
+    remove_on_failure, write_json
 )
 
 # %% ../nbs/13_cli.ipynb #haystacks
@@ -96,8 +98,11 @@ def evaluate(
     trained_on: list[str] | None = None,  # files like --data that the model was trained on: count what is asked again
     generate: bool = False,  # score written answers instead of the logits of the choices
     max_new_tokens: _Count = 16,  # of a written answer
-    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
-    batch: _Count = 12,  # questions of one haystack answered at once
+    prompt: str | None = None,  # text before each question (default: that of its training, else the benchmark's)
+    batch_size: _Count = 12,  # questions answered at once, of one haystack or of several
+    max_batch_tokens: _Count = 16_384,  # of haystacks read at once, padding included; a longer one is read alone
+    dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",  # of the weights (default the file's)
+    attn_implementation: str | None = None,  # such as sdpa, eager or flash_attention_2 (default: the library's choice)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
@@ -114,12 +119,15 @@ def evaluate(
     refuse_bad_pictures(haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
-    from laid_nb.accuracy import Results, by_size
-    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    records, thinks = _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, before)
-    results = Results({model: by_size(records)})
-    _report(results, records, haystacks, seen, thinks, out, vhs, plot)
-    _write_into_card(model, results, data, kind, split, seen)
+    first = _first_process()
+    loaded, processor = load_model(model, dtype, attention=attn_implementation)
+    before = _prompt(model, processor, prompt, benchmark if data else None, first)
+    asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
+                 max_batch_tokens=max_batch_tokens, together=True, progress=first)
+    records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
+    results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
+    if first:
+        _write_into_card(model, results, data, kind, split, seen)
     return results
 
 def _write_into_card(model: str, results, data, kind: str, split: str, seen: str) -> None:
@@ -129,26 +137,49 @@ def _write_into_card(model: str, results, data, kind: str, split: str, seen: str
     add_results(model, results, asked, seen)
 
 # %% ../nbs/13_cli.ipynb #eval-parts
-def _ask_all(model, haystacks, out, ways, batch, generate, max_new_tokens, prompt) -> tuple:
-    "Ask a model, by a training-free baseline where `ways` has one: (records, what `opens_thought` says)."
-    device = prepare_process()
+def _first_process() -> bool:
+    "Whether this process writes and prints; where accelerate or torchrun start several, they meet here."
+    prepare_process()
+    from accelerate import PartialState
+    import torch
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1: return True
+    return PartialState(cpu=not torch.cuda.is_available()).is_main_process
+
+def _prompt(model, processor, given, benchmark, first) -> str:
+    "The text before each question, said aloud: `given`, or that of the model's training, or the benchmark's own."
+    from laid_nb.inputs import read_prompt
+    own = BENCHMARKS[benchmark].prompt if benchmark else ""
+    known = {"as given": given, "of the model's training": read_prompt(model_path(model), processor),
+             f"of the benchmark {benchmark}" if benchmark else "of drawn haystacks": own}
+    known = _given(**known)
+    whose, used = next(iter(known.items()))
+    if first:
+        others = [f"; {other}: {text!r}" for other, text in known.items() if text != used]
+        print(f"prompt {whose}: {used!r}", *others, sep="")
+    return used
+
+def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
+    "Records of a model, asked by a training-free baseline where `ways` has one; `asked`: arguments of `evaluate`."
+    import torch
     from laid_nb.baselines import evaluate_with
     from laid_nb.evaluate import evaluate as ask_all
-    from laid_nb.inputs import opens_thought
-    loaded, processor = load_model(model)
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    given = haystacks, out, model, batch, generate, max_new_tokens, prompt
-    return ask_all(loaded.to(device), processor, *given), opens_thought(processor, haystacks[0])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return ask_all(model, processor, haystacks, out, **asked)
 
-def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
-    "The table and what belongs to it, and the files that are asked for."
-    from laid_nb.accuracy import plot_accuracy, table_cells, table_text
+# %% ../nbs/13_cli.ipynb #eval-report
+def _report(model, records, haystacks, seen, processor, out, vhs, plot, first):
+    "Results; of the first process the table and what belongs to it, and the files that are asked for."
+    from laid_nb.accuracy import Results, by_size, plot_accuracy, table_cells, table_text
+    from laid_nb.inputs import opens_thought
     from laid_nb.vhs import write_vhs
+    results = Results({model: by_size(records)})
+    if not first: return results
     print(table_text(table_cells(results)))
     if seen:
         print(seen)
-    _print_mass(records, thinks)
+    _print_mass(records, opens_thought(processor, haystacks[0]))
     _print_compliance(records)
     if vhs:
         write_vhs(records, haystacks, vhs)
@@ -156,6 +187,7 @@ def _report(results, records, haystacks, seen, thinks, out, vhs, plot) -> None:
         with atomic_write(plot) as part:
             plot_accuracy(results).savefig(part, dpi=160)
     print("written: " + ", ".join(str(path) for path in (out, vhs, plot) if path))
+    return results
 
 # %% ../nbs/13_cli.ipynb #eval-mass
 def _print_mass(
@@ -211,6 +243,24 @@ def _texts(value) -> list[str]:  # as behind a flag
     if isinstance(value, dict): return [json.dumps(value)]
     return [str(value)]
 
+_LONGEST_FILE = 1_000_000  # bytes of a file of settings
+
+def _plain_loader():
+    "A loader of YAML that makes texts, and refuses what would not be seen or would grow: a name twice, and aliases."
+    import yaml
+    class Plain(yaml.BaseLoader):
+        def compose_node(self, parent, index):
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not read in settings")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node, deep=False):
+            names = [key.value for key, _ in node.value if isinstance(key.value, str)]
+            twice = [name for i, name in enumerate(names) if name in names[:i]]
+            if twice: raise yaml.YAMLError(f"{twice[0]!r} is given twice")
+            return super().construct_mapping(node, deep)
+    return Plain
+
 def _yaml_settings(
     path,  # YAML file, or recipe:NAME for one that ships
 ) -> dict:
@@ -218,15 +268,24 @@ def _yaml_settings(
     import yaml
     if str(path).startswith("recipe:"):
         path = _recipe(str(path).partition(":")[2])
-    if not Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no such file: {path}" if not Path(path).exists() else f"{path} is no plain file")
+    if Path(path).stat().st_size > _LONGEST_FILE:
+        raise ValueError(f"{path} is longer than {_LONGEST_FILE:,} bytes: no file of settings is")
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), yaml.BaseLoader)
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _plain_loader())
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply for settings") from None
+    except (yaml.YAMLError, ValueError, TypeError) as e:
         raise ValueError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(settings, dict):
         raise ValueError(f"{path} holds no settings: lines such as 'alpha: 0.3' are needed")
-    for name in settings.keys() & _own_parameters(train):
-        raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
+    known = {field.name for kind in _setting_classes() for field in dataclasses.fields(kind)}
+    for name in settings:
+        if name in known: continue
+        if name in _own_parameters(train):
+            raise ValueError(f"{path}: {name} is a flag of laid train and no setting: give --{name} beside --config")
+        raise ValueError(f"{path}: laid train has no setting {name!r}: see laid train --help")
     return settings
 
 def _recipe(name: str) -> Path:
@@ -234,6 +293,12 @@ def _recipe(name: str) -> Path:
     known = {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
     if name not in known: raise ValueError(f"no recipe is called {name!r}: there are {', '.join(known)}")
     return known[name]
+
+def _setting_classes() -> tuple:
+    "The dataclasses that settings belong to."
+    from laid_nb.simulate import WindowSimulation
+    from laid_nb.train import LaidConfig
+    return LaidConfig, WindowSimulation
 
 def _own_parameters(function) -> set[str]:
     "Names of the parameters of a command, without `**settings`."
@@ -246,10 +311,8 @@ def _training_settings(
 ):  # -> (LaidConfig, WindowSimulation)
     "Settings of a training, checked; `ValueError` for one that is not there or not allowed."
     from transformers import HfArgumentParser
-    from laid_nb.simulate import WindowSimulation
-    from laid_nb.train import LaidConfig
-    parser = HfArgumentParser((LaidConfig, WindowSimulation), prog="laid train", allow_abbrev=False)
-    lists = {name: _texts(settings[name]) for name, kind in get_type_hints(LaidConfig).items()
+    parser = HfArgumentParser(_setting_classes(), prog="laid train", allow_abbrev=False)
+    lists = {name: _texts(settings[name]) for name, kind in get_type_hints(_setting_classes()[0]).items()
              if isinstance(settings.get(name), (list, tuple)) and list in map(get_origin, (kind, *get_args(kind)))}
     flags = [part for name, value in _given(**settings).items() if name not in lists
              for part in (f"--{name}", *_texts(value))]
@@ -271,12 +334,10 @@ def _checkpoint(
 def _train_help() -> str:
     "The settings of LaidConfig and WindowSimulation, for `laid train --help`."
     from transformers import TrainingArguments
-    from laid_nb.simulate import WindowSimulation
-    from laid_nb.train import LaidConfig
     stock = {f.name: f.default for f in dataclasses.fields(TrainingArguments)}
     lines = ["\nsettings (every one of transformers.TrainingArguments is a flag too):",
              "  --output_dir laid-runs", "        Checkpoints; the distilled student goes to OUTPUT_DIR/model."]
-    for f in (*dataclasses.fields(LaidConfig), *dataclasses.fields(WindowSimulation)):
+    for f in [f for kind in _setting_classes() for f in dataclasses.fields(kind)]:
         if f.name in stock and f.default == stock[f.name]: continue
         lines += [f"  --{f.name} {'' if f.default is None else f.default}", f"        {f.metadata.get('help', '')}"]
     return "\n".join(lines)
@@ -298,6 +359,10 @@ def train(
     sizes: _Sizes = tuple(range(2, 21)),  # images of a drawn haystack, such as 1,2,5 or 2-20 (default 2-20)
     kind: Literal["single", "multi"] = "single",  # needles of a drawn question
     haystacks: _Count = 400,  # number of drawn haystacks, 12 questions each
+    prompt: str | None = None,  # text before each question (default: the benchmark's with --data, none with --pictures)
+    eval_data: list[str] | None = None,  # files like --data that the student is asked about every --eval_steps
+    eval_sizes: _Sizes | None = None,  # or images of haystacks that are drawn for it
+    eval_questions: _Count = 36,  # at each of these sizes
     config: str | None = None,  # YAML file of settings, or recipe:NAME (data/recipes); flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
@@ -305,25 +370,23 @@ def train(
     A training that was stopped goes on with --resume_from_checkpoint last. Ctrl-C and SIGTERM save a checkpoint."""
     _check_source(data, pictures)
     prepare_process()
-    from laid_nb.train import LaidTrainer
     args, simulation = _training_settings((_yaml_settings(config) if config else {}) | settings)
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     begin = start_point(out, _checkpoint(args.resume_from_checkpoint), args.overwrite_output_dir, args.world_size)
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
-    read = read_haystacks(data, image_root, benchmark, **columns) if data else None
-    stacks = read or drawn_training(sizes, haystacks, args.seed, kind)
-    refuse_bad_pictures(stacks)
+    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
+    stacks = read(data) if data else drawn_training(sizes, haystacks, args.seed, kind)
+    tests = _validation_set(stacks, read, eval_data, eval_sizes, eval_questions, kind)
+    refuse_bad_pictures(stacks + tests)
     if args.process_index == 0:
         _say_plan(student, teacher, args, stacks)
-    model, processor = load_model(student, "auto", args.student_bits, args.device)
-    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with _until_stopped(out) as callback:
         with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
-            trainer = LaidTrainer(model, args, stacks, processor, anchor, anchor_processor, simulation,
-                                  callbacks=[callback])
+            trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
-        _save_student(trainer, out/"model", (student, teacher), stacks)
+        _save_student(trainer, out/"model", (student, teacher), stacks, tests)
     if args.push_to_hub:
         trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
@@ -346,7 +409,7 @@ def _until_stopped(
             e.more = ("--resume_from_checkpoint", "last") if saved else ()
             raise
 
-def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list) -> None:
+def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list, tests: list) -> None:
     "What was learnt, with a card and marks of what it was learnt from, or nothing; every process must call this."
     from laid_nb.card import write_card
     base = model_path(pair[0])
@@ -356,8 +419,33 @@ def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list)
     with atomic_write(folder) as part:
         trainer.save_student(part, base)
         save_marks(part, data_marks(haystacks))
-        write_card(part, trainer, *pair, haystacks)
+        write_card(part, trainer, *pair, haystacks, tests)
     print(f"written: {folder}; measure it with: laid eval {folder} --pictures")
+
+# %% ../nbs/13_cli.ipynb #train-trainer
+def _trainer(student: str, teacher: str, args, simulation, stacks: list, tests: list, prompt: str, callback):
+    "The LaidTrainer of a pair; `tests`: what the student is asked about while it learns."
+    from laid_nb.inputs import HaystackCollator
+    from laid_nb.train import LaidTrainer
+    from laid_nb.validation import Validation
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    anchor = _anchor(student if teacher == "self" else teacher, args)
+    collate = HaystackCollator(processor, prompt=prompt)
+    made = LaidTrainer(model, args, stacks, processor, *anchor, simulation, data_collator=collate,
+                       callbacks=[callback])
+    if tests:
+        Validation(made, tests)
+    return made
+
+# %% ../nbs/13_cli.ipynb #train-validation
+def _validation_set(stacks, read, data, sizes, questions, kind) -> list:
+    "Haystacks that a student is asked about while it learns: read or drawn; [] for none."
+    if data and sizes: raise ValueError("which haystacks to evaluate on? give --eval_data or --eval_sizes, not both")
+    found = read(data) if data else drawn_test(sizes, questions, kind=kind) if sizes else []
+    shared = overlap(data_marks(stacks), found) if found else None
+    if shared:
+        print(f"laid: warning: of --eval_data {shared}: accuracy measures memory as well", file=sys.stderr)
+    return found
 
 # %% ../nbs/13_cli.ipynb #train-anchor
 def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice where no teacher is needed
@@ -403,6 +491,7 @@ def plan(
 def _read_config(name: str):
     "The config of a model; `ValueError` where there is none."
     from transformers import AutoConfig
+    check_sizes(model_path(name))
     try:
         return AutoConfig.from_pretrained(model_path(name), trust_remote_code=False)
     except Exception as e:  # the libraries raise errors of many types
@@ -479,12 +568,12 @@ def _write_response(
 ) -> None:
     "Responses as arrays, or as a picture with a row for each head."
     import numpy as np
-    from laid_nb.spectra import plot_distance_response
+    from laid_nb.spectra import figure_label, plot_distance_response
     if path.suffix == ".npz":
         np.savez_compressed(path, response=response.numpy(), **about)
         return
     limit, heads = float(np.quantile(response.abs().numpy(), .99)) or 1., response.shape[1]
-    title = f"{name}, {about['images']} images: q·k by distance"
+    title = figure_label(f"{name}, {about['images']} images: q·k by distance")
     figure = plot_distance_response(response.flatten(0, 1), limit, title)
     starts = range(0, len(about["layers"])*heads, heads)
     figure.axes[0].set(ylabel=f"{heads} heads of each layer", yticks=starts,
@@ -493,15 +582,20 @@ def _write_response(
         figure.axes[0].axhline(start - .5, color="black", linewidth=1)
     figure.savefig(path, dpi=160)
 
-# %% ../nbs/13_cli.ipynb #inspect-run
-def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict:  # number of images -> haystacks
-    "The haystacks that every model reads."
-    if not data: return {n: [picture_haystack(100_000*seed + i, n, 1, "test") for i in range(haystacks)] for n in sizes}
-    found = {}
-    for haystack in read_haystacks(data, image_root, benchmark):
-        found.setdefault(len(haystack.images), []).append(haystack)
-    return {n: found[n][:haystacks] for n in sorted(found)}
+# %% ../nbs/13_cli.ipynb #inspect-lab
+def _inspect_in_lab(names, stacks, memory, out, port, browser):
+    "The heads in JupyterLab, in a notebook that can be changed."
+    if not util.find_spec("jupyterlab"): 
+        raise ValueError(f"JupyterLab is not installed: {how_to_install('jupyterlab')}")
+    from laid_nb.explore import KnownModels, kept_heads
+    from laid_nb.serve import free_port, page, serve, shipped_heads
+    port, models = free_port(port), KnownModels(out)
+    files = {short: kept_heads(models, name, short, stacks, memory) if stacks else shipped_heads(name)
+             for name, short in names.items()}
+    write_json(out/"inspect.ipynb", page(files))
+    serve(out/"inspect.ipynb", port, True, browser)
 
+# %% ../nbs/13_cli.ipynb #inspect-run
 @command
 def inspect(
     *models: str,  # folders, hub names, or teacher, student or distilled for those that ship (default all three)
@@ -511,31 +605,30 @@ def inspect(
     data: list[str] | None = None,  # read haystacks of these files instead
     image_root: str | None = None,  # folder that their image paths start from
     benchmark: _Source = "vhs",  # what the files are
-    out: str = "laid-inspect",  # folder of readings, which are not made twice, and of the notebook that is shown
+    memory: _Count = 4,  # GB, for queries and keys while a model is read
+    out: str = "laid-inspect",  # folder of readings, which are not made twice, and of the page
     port: _Count | None = None,  # of 127.0.0.1 (default any that is free)
-    lab: bool = False,  # show it in JupyterLab
+    lab: bool = False,  # show the heads in JupyterLab instead
     browser: bool = True,  # only say where it is
 ):
-    "What each head does with distance, to be looked at in a browser."
-    package, hint = ("jupyterlab", "jupyterlab") if lab else ("voila", '"laid_nb[inspect]"')
-    if not util.find_spec(package):
-        raise ValueError(f"{'JupyterLab' if lab else 'Voilà'} is not installed: pip install {hint}")
-    from laid_nb.serve import READ, free_port, kept_heads, page, serve, shipped_heads, short_names
-    names, files, device = models or EMBEDDED, {}, None
+    "Where models look and what their heads do with distance, on a page in a browser."
+    from laid_nb.explore import READ, PageServer, drawn_stacks, given_stacks, short_names, show_models
+    names = list(models or EMBEDDED)
     for name in names:
         model_path(name)
-    port = free_port(port)
-    stacks = _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed)
+    names = dict(zip(names, short_names(names)))
+    found = read_haystacks(data, image_root, benchmark) if data else None
+    stacks, asked = given_stacks(found, haystacks) if data else drawn_stacks(sizes, haystacks, seed)
     as_shipped = not data and READ == dict(sizes=list(sizes), haystacks=haystacks, seed=seed)
-    for name, short in zip(names, short_names(list(names))):
-        if as_shipped and name in EMBEDDED:
-            files[short] = shipped_heads(name)
-        else:
-            device = device or prepare_process()
-            files[short] = kept_heads(name, stacks, Path(out), device)
-    write_json(Path(out)/"inspect.ipynb", page(files))
-    print(f"{', '.join(files)}: heads at {', '.join(map(str, stacks))} images", flush=True)
-    serve(Path(out)/"inspect.ipynb", port, lab, browser)
+    stacks = None if as_shipped and tuple(names) == EMBEDDED else stacks
+    if lab: return _inspect_in_lab(names, stacks, memory, Path(out), port, browser)
+    server = PageServer(port)
+    print(server.url, flush=True)
+    if browser:
+        server.open_browser(Path(out))
+    file = show_models(server, names, stacks, asked, Path(out), memory)
+    print(f"{file}: the page as a file\nCtrl-C ends it", flush=True)
+    server.wait()
 
 # %% ../nbs/13_cli.ipynb #anchors
 @command
@@ -627,14 +720,15 @@ def main(
     "Run a command: 0, or 2 after bad input with one line on stderr, or 128 and the signal that stopped it."
     argv = plain_flags(sys.argv[1:] if argv is None else list(argv))
     try:
-        with stop_requests():
+        with warnings.catch_warnings(), stop_requests():
+            warnings.showwarning = lambda said, *_: print(f"laid: warning: {one_line(said)}", file=sys.stderr)
             call_command(*parser().parse_known_args(argv))
     except SystemExit as e:  # --help and --version
         return e.code or 0
     except KeyboardInterrupt as e:
         return _say_stopped(e, argv)
-    except (ValueError, TypeError, FloatingPointError, OSError) as e:
+    except Exception as e:  # whatever it is: one line, and --debug for the rest
         if "--debug" in argv: raise
-        print(f"laid: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
+        print(f"laid: error: {one_line(e)}", file=sys.stderr)
         return 2
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from laid_nb.align import (
@@ -25,6 +25,7 @@ from .inputs import image_inputs, read_positions, to_model
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch
 from .rope import rope_layers
+from .store import read_tensors
 
 # %% ../nbs/09a_parts.ipynb #part
 class Part:
@@ -72,7 +73,7 @@ def _part_state(
     path = Path(folder)/part.file
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not there: the checkpoint is not whole, or {part.missing}")
-    return load_file(path)
+    return read_tensors(path)[0]
 
 def _entries(
     state: dict,  # name -> tensor

@@ -202,7 +202,8 @@ def check_pictures(
 ) -> list[tuple[str, str]]:  # (file, what is wrong), in their order; empty: all can be shown
     "Open and decode every picture. Warns of files whose names say another format than their bytes."
     files, found, misnamed = pictures_of(haystacks), [], []
-    with ThreadPoolExecutor(cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        warnings.simplefilter("ignore")  # of Pillow, on what it leaves out of a broken file
         bar = tqdm(pool.map(_wrong, files), total=len(files), desc="check pictures", unit="picture", delay=2,
                    disable=not progress)
         for file, (wrong, other) in zip(files, bar):

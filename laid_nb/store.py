@@ -13,6 +13,7 @@ import contextlib
 import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
@@ -153,6 +154,127 @@ def slug(
     "Small letters, digits and dashes; a plus is spelled."
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\w)\+", " plus", name).lower())
 
+# %% ../nbs/06a_store.ipynb #tensors
+def read_tensors(
+    path,  # a safetensors file
+) -> tuple[dict, dict]:  # (name -> tensor on the CPU, what is noted beside them)
+    "What a safetensors file holds. `ValueError` naming one that is not whole, `FileNotFoundError` for none."
+    from safetensors import safe_open
+    if not Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except Exception as e:  # safetensors raises errors of its own, and torch's for types that it does not know
+        raise ValueError(f"{path} is no whole safetensors file: {_first_line(e)}") from None
+
+# %% ../nbs/06a_store.ipynb #sizes
+DEEPEST, LARGEST = 2_000, 2**24  # layers, and any other size, that a config may declare
+_SIZE = re.compile(r"(size|dim|heads|layers|depth|experts|channels|width|positions|embeddings|length)s?$")
+
+def _declared(config, where="") -> dict[str, int]:
+    "Whole numbers of a config by their names, in its parts too."
+    if isinstance(config, list): return {}
+    found = {}
+    for name, value in config.items():
+        found |= _declared(value, f"{where}{name}.") if isinstance(value, dict) else {f"{where}{name}": value}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+def check_sizes(
+    path,  # folder of a model
+) -> None:
+    "`ValueError` for a config that declares more layers or a larger size than any model has."
+    file = Path(path)/"config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not isinstance(config, dict): raise ValueError(f"{file} holds a {type(config).__name__}, not settings")
+    for name, value in _declared(config).items():
+        limit = DEEPEST if re.search("layers$|depth$", name) else LARGEST if _SIZE.search(name) else None
+        if limit is not None and not value <= limit:
+            raise ValueError(f"{file} declares {name} {value:,}: no model has more than {limit:,}")
+
+# %% ../nbs/06a_store.ipynb #weights
+_SLACK = 16  # times as many numbers as the files hold: weights of few bits, and those that are tied
+
+def _held(path) -> int:
+    "Numbers in the safetensors files of a folder."
+    from safetensors import safe_open
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            held += sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())
+    return held
+
+def _check_declared(path) -> None:
+    "`ValueError` for a config that declares far more weights than the folder holds."
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    held = _held(path)
+    if not held: return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    declared = sum(p.numel() for p in model.parameters())
+    if declared > _SLACK*held + 10**7:
+        raise ValueError(f"its config declares {declared:,} weights, its files hold {held:,}")
+
+# %% ../nbs/06a_store.ipynb #limited
+def _limited(
+    work,  # () -> text
+    seconds: int,  # of processor time
+    room: int,  # bytes beside what this process has
+) -> str:  # of `work`, or what stopped it
+    "Do something in a forked process that cannot take more; where processes cannot fork, do it here."
+    if not hasattr(os, "fork"): return work()
+    import resource
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child uses none
+        pid = os.fork()
+    if pid == 0:
+        said = f"it took more than {room/1e9:.0f} GB or {seconds} s"
+        try:
+            has = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (has + room,)*2)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds,)*2)
+            said = work()
+        except (MemoryError, OSError): pass
+        finally:
+            os.write(writing, said.encode("utf-8", "replace")[:500])
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        said = stream.read().decode()
+    status = os.waitpid(pid, 0)[1]
+    return said if status == 0 else f"it took more than {room/1e9:.0f} GB or {seconds} s"
+
+# %% ../nbs/06a_store.ipynb #template
+_ROOM, _SECONDS = 10**9, 5  # for a chat template, beside the process
+_SOUND = set()  # templates that have been tried
+
+def _rendered(processor) -> str:
+    "'' where a chat template makes a text of a question, in parts or as a text; else why it does not."
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    said = ""
+    for content in (parts, "Is there a dog?"):
+        try:
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                          add_generation_prompt=True)
+            return ""
+        except MemoryError: raise
+        except Exception as e:  # whatever the template makes Jinja and Python raise
+            said = said or f"{type(e).__name__}: {_first_line(e)}"
+    return said
+
+def check_template(
+    processor,  # a transformers processor, or a tokenizer
+) -> None:
+    "`ValueError` for a chat template that fails, or takes 5 s or 1 GB, on a question about two pictures."
+    template = str(processor.chat_template)
+    if processor.chat_template is None: raise ValueError("there is no chat template with it")
+    if template in _SOUND: return
+    said = _limited(lambda: _rendered(processor), _SECONDS, _ROOM)
+    if said: raise ValueError(f"its chat template cannot be used: {said}")
+    _SOUND.add(template)
+
 # %% ../nbs/06a_store.ipynb #process
 def cores() -> int:
     "CPU cores that this process may use."
@@ -168,6 +290,20 @@ def prepare_process() -> str:
         torch.set_num_threads(cores())
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../nbs/06a_store.ipynb #install
+def how_to_install(
+    package: str,  # that is not there, as pip calls it
+) -> str:
+    "The command that installs a package: the extra of this package that has it, or the package alone."
+    try:
+        needs = metadata.requires("laid-nb") or []
+    except metadata.PackageNotFoundError:
+        needs = []
+    names = {re.match(r"[\w.-]+", need)[0].lower(): re.search(r"extra == .(\w+)", need)
+             for need in sorted(needs, key=lambda need: "extra == 'dev'" not in need.replace('"', "'"))}
+    extra = names.get(package.lower().replace("_", "-"))
+    return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
+
 # %% ../nbs/06a_store.ipynb #load
 EMBEDDED = ("teacher", "student", "distilled")  # models that ship with the package
 
@@ -176,6 +312,7 @@ def model_path(
 ) -> str:  # folder or hub name
     "Where a model is. `ValueError` for a file, `FileNotFoundError` for a path that is no folder."
     if name in EMBEDDED: return str(data_path("anchors", name))
+    if not name.strip("."): raise ValueError(f"a model needs a name or a folder, not {name!r}")
     path = Path(name).expanduser()
     if path.is_dir(): return str(path)
     if path.exists(): raise ValueError(f"{name} is a file: a model is a folder, or a name on the hub")
@@ -204,22 +341,41 @@ def quantisation(
     raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
                      "which is not installed: pip install bitsandbytes")
 
+# %% ../nbs/06a_store.ipynb #model-file
+def model_file(
+    model: str | Path,  # a folder, or a name on the hub
+    name: str,  # of a file of ours beside a model's own
+) -> Path | None:  # None: there is none
+    "A file that may lie beside a model."
+    from transformers.utils import cached_file
+    if Path(model).is_dir(): return Path(model)/name if (Path(model)/name).is_file() else None
+    try:
+        return Path(cached_file(str(model), name))
+    except (OSError, ValueError):
+        return None
+
 # %% ../nbs/06a_store.ipynb #load-model
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
     bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
     device="cpu",  # where quantised weights go; others are on the CPU
+    attention: str | None = None,  # attn_implementation of transformers, such as sdpa or eager; None: its choice
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path, cannot = model_path(name), f"cannot load the model {name!r}"
     few = dict(quantization_config=quantisation(bits), device_map={"": device}) if bits else {}
+    check_sizes(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        if hasattr(processor, "tokenizer"):
+            check_template(processor)
+        _check_declared(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=attention, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):

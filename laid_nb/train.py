@@ -32,12 +32,13 @@ from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_AR
 from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
 from .capture import capture
 from laid_nb.checkpoint import (
-    RUN_FILE, check_same_run, checkpoints, publish_checkpoint, remove_checkpoint, remove_unfinished, rotate_checkpoints,
-    start_point
+    RUN_FILE, check_same_run, checkpoints, publish_checkpoint, remove_checkpoint, remove_unfinished,
+    rotate_checkpoints, start_point
 )
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions, to_model
+    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions,
+    save_prompt, to_model
 )
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
@@ -214,6 +215,7 @@ def _check_choices(config: LaidConfig) -> None:
 
 def check_config(config: LaidConfig) -> None:
     "`ValueError` for settings that cannot be meant together."
+    check_counts(config)
     if not 0 <= config.alpha <= 1: raise ValueError(f"alpha is {config.alpha}: need a share between 0 and 1")
     _check_choices(config)
     for name in config.given:
@@ -241,6 +243,17 @@ def check_config(config: LaidConfig) -> None:
     _check_adapters(config)
     _check_allowed(config)
     check_cache(config)
+
+# %% ../nbs/09b_train.ipynb #counts
+_COUNTS = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+def check_counts(
+    config: LaidConfig,
+) -> None:
+    "`ValueError` for a count that is no whole number over 0."
+    for name in _COUNTS:
+        value = getattr(config, name)
+        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value}: need a whole number over 0")
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
@@ -306,7 +319,7 @@ def _check_run(
     args: LaidConfig,
     data,  # training set
     teacher,  # a transformers model, or None
-    turns: int,  # questions of a haystack that are read
+    collator,  # a `HaystackCollator`
 ) -> None:
     "`ValueError` for a training that cannot begin."
     if args.method != "sft" and teacher is None: raise ValueError(f"method {args.method!r} needs a teacher")
@@ -315,7 +328,10 @@ def _check_run(
     elif len(data) == 0:
         raise ValueError("no haystack to train on")
     for i, sample in enumerate(getattr(data, "haystacks", data) if not isinstance(data, Stream) else ()):
-        if not args.teaches and has_unlabelled(sample, turns):
+        if isinstance(sample, dict) and sample.get("prompt", collator.prompt) != collator.prompt:
+            raise ValueError(f"sample {i} was encoded with the prompt {sample['prompt']!r}, and the collator has "
+                             f"{collator.prompt!r}, which would be saved with the student: give `data_collator`")
+        if not args.teaches and has_unlabelled(sample, collator.turns):
             raise ValueError(f"sample {i} has questions that nobody has answered, and no term but SFT counts: "
                              "give their answers, or use method kd or laid")
     if args.n_gpu > 1:
@@ -437,7 +453,7 @@ class LaidTrainer(Trainer):
         train_dataset = as_stream(train_dataset)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         self.pair = self._describe_pair(model, processing_class, teacher_processing_class)
-        _check_run(args, train_dataset, teacher, collator.turns)
+        _check_run(args, train_dataset, teacher, collator)
         self._check_models(model, args, processing_class, teacher_processing_class)
         self.kind, self.given_dtype = type(model), model.dtype
         if not args.lora_rank:
@@ -868,6 +884,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
             self._save(folder, own)
         (folder/TRAINING_ARGS_NAME).unlink(missing_ok=True)  # a pickle
         settle_checkpoint(folder, self.model, self.processing_class)
+        save_prompt(folder, self.processing_class, self.data_collator.prompt)
         _write_dtype(folder, self.model.dtype if _internal_call else self.given_dtype)
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
@@ -887,11 +904,13 @@ def save_student(
         if self.args.save_adapter:
             self.part(LoraPart).save_adapter(part, base)
             self.processing_class.save_pretrained(part)
+            save_prompt(part, self.processing_class, self.data_collator.prompt)
             return
         own = {name: x.to(self.given_dtype) if x.is_floating_point() else x for name, x in own.items()}
         self.model.save_pretrained(part, state_dict=own)
         self.processing_class.save_pretrained(part)
         settle_checkpoint(part, self.model, self.processing_class)
+        save_prompt(part, self.processing_class, self.data_collator.prompt)
         _write_dtype(part, self.given_dtype)
 
 # %% ../nbs/09b_train.ipynb #push
@@ -987,7 +1006,8 @@ def describe_run(self: LaidTrainer) -> dict:
     settings = {name: x for name, x in args.to_dict().items() if not name.startswith(_FREE)}
     if args.teacher_cache and (args.teacher_cache_heads != "all" or args.teacher_cache_bits):  # not what is computed
         settings |= {name: x for name, x in args.to_dict().items() if name.startswith("teacher_cache_")}
-    read = dict(data=_describe_data(self.stacks), turns=collator.turns, size=collator.size)
+    read = dict(data=_describe_data(self.stacks), turns=collator.turns, size=collator.size,
+                prompt=collator.prompt)
     run = settings | asdict(self.simulation) | self.pair | read | {"processes": args.world_size}
     return json.loads(json.dumps(run, default=str))
 

@@ -94,7 +94,8 @@ def read_field(
     if name not in record: raise ValueError(f"{where}: the field {name!r} is missing")
     value = record[name]
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: the field {name!r} is a {type(value).__name__}, not a {kind.__name__}")
+        wanted = " or a ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: the field {name!r} is a {type(value).__name__}, not a {wanted}")
     return value
 
 def read_texts(

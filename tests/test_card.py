@@ -41,7 +41,7 @@ def calls():
 def trained(pair, calls, tmp_path_factory):
     out = tmp_path_factory.mktemp("run")/"out"
     line = dict(student=pair/"student", teacher=pair/"teacher", sizes="2,3", haystacks=4, use_cpu=True, report_to="none", disable_tqdm=True, max_steps=2, save_steps=1, method="laid+", gradient_accumulation_steps=1,
-                output_dir=out, push_to_hub=True, hub_model_id="someone/long-student", hub_private_repo=True, hub_token="hf_secret", hub_strategy="end")
+                output_dir=out, push_to_hub=True, hub_model_id="someone/long-student", hub_private_repo=True, hub_token="hf_secret", hub_strategy="end", eval_sizes="1,2", eval_questions=12, eval_steps=1)
     assert main(["train", "--pictures", *(str(x) for name, value in line.items() for x in (f"--{name}", value))]) == 0
     return out
 
@@ -54,6 +54,9 @@ def test_the_card_says_what_the_student_is(trained):
     log = json.loads((trained/"checkpoint-2"/"trainer_state.json").read_text())
     for words in ("Made from `student` and the teacher `teacher`", "| `method` | laid+ |", "| `max_steps` | 2 |", f"{log['global_step']} steps on 1 process", "4 haystacks of 2 to 3 images with 48 questions", "a gain of", "torch "):
         assert words in card.text, words
+    rows = [h for h in log["log_history"] if "eval_accuracy_2" in h]
+    assert rows[0]["step"] == 0 and "| step | 1 images | 2 images | window |" in card.text
+    for row in (rows[0], rows[-1]): assert f"| {row['step']} | {100*row['eval_accuracy_1']:.1f} | {100*row['eval_accuracy_2']:.1f} | {row['eval_window']:.1f} |" in card.text
     assert "hf_secret" not in card.content and str(trained) not in card.content and "`learning_rate`" not in card.text  # it is the default
 
 
