@@ -136,8 +136,9 @@ def write_card(
         "that it was itself" if teacher == "self" else _shown(teacher))
     name = (trainer.args.hub_model_id or Path(trainer.args.output_dir).absolute().name).rpartition("/")[2]
     results = _while_training(trainer.state.log_history)
-    text = (f"# {name}\n\nMade from {_shown(base)}{taught} by [long-window anchoring](https://laid-nb.github.io/laid_nb) "
-            f"(LAid, [arXiv 2512.21576](https://arxiv.org/abs/2512.21576)), to search more images than its base can. "
+    site, paper = "https://laid-nb.github.io/laid_nb", "https://arxiv.org/abs/2512.21576"
+    text = (f"# {name}\n\nMade from {_shown(base)}{taught} by [long-window anchoring]({site}) "
+            f"(LAid, [arXiv 2512.21576]({paper})), to search more images than its base can. "
             f"It has the base's architecture and speed.\n\n{_USE.format(name=trainer.args.hub_model_id or name)}\n\n"
             f"## Results\n\n{results or 'Not measured yet: `laid eval` adds a table here.'}\n"
             f"{_shared(haystacks, list(tests))}\n{_PLACE}\n\n## Training\n\n{_by_settings(trainer)}\n"

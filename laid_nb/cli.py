@@ -116,9 +116,8 @@ def evaluate(
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
     def read(files): return read_haystacks(files, image_root, benchmark, **columns)
     haystacks = read(data) if data else drawn_test(sizes, questions, seed, split, kind)
-    refuse_bad_pictures(haystacks)
-    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
+    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
@@ -126,15 +125,15 @@ def evaluate(
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
     records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
     results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
-    if first:
-        _write_into_card(model, results, data, kind, split, seen)
-    return results
+    return _into_card(results, model, data, kind, split, ways, seen) if first else results
 
-def _write_into_card(model: str, results, data, kind: str, split: str, seen: str) -> None:
-    "Put results beside a student of this package."
+# %% ../nbs/13_cli.ipynb #eval-card
+def _into_card(results, model: str, data, kind: str, split: str, ways: dict, seen: str):
+    "Put results beside a student of this package too -> them."
     from laid_nb.card import add_results
     asked = ", ".join(Path(path).name for path in data) if data else f"drawn haystacks, {kind} needle, {split}"
-    add_results(model, results, asked, seen)
+    add_results(model, results, ", with ".join([asked, *ways]), seen)
+    return results
 
 # %% ../nbs/13_cli.ipynb #eval-parts
 def _first_process() -> bool:
@@ -226,6 +225,7 @@ def _check_evaluation(
 ) -> None:
     "`ValueError` for two baselines at once, a figure of another kind, or results that are there or not for VHs."
     from laid_nb.vhs import check_yes_no
+    refuse_bad_pictures(haystacks)
     if len(ways) > 1:
         first, second = list(ways)[:2]
         raise ValueError(f"--{second} is not allowed with --{first}: one training-free baseline at a time")
@@ -235,6 +235,13 @@ def _check_evaluation(
         raise ValueError(f"{vhs} exists: results for the VHs toolkit are written into a new folder")
     for haystack in haystacks if vhs else ():
         check_yes_no(haystack)
+
+# %% ../nbs/13_cli.ipynb #train-recipe
+def _recipe(name: str) -> Path:
+    "A recipe that ships with the package; `ValueError` names them all."
+    known = {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
+    if name not in known: raise ValueError(f"no recipe is called {name!r}: there are {', '.join(known)}")
+    return known[name]
 
 # %% ../nbs/13_cli.ipynb #train-config
 def _texts(value) -> list[str]:  # as behind a flag
@@ -261,6 +268,7 @@ def _plain_loader():
             return super().construct_mapping(node, deep)
     return Plain
 
+# %% ../nbs/13_cli.ipynb #train-yaml
 def _yaml_settings(
     path,  # YAML file, or recipe:NAME for one that ships
 ) -> dict:
@@ -288,18 +296,13 @@ def _yaml_settings(
         raise ValueError(f"{path}: laid train has no setting {name!r}: see laid train --help")
     return settings
 
-def _recipe(name: str) -> Path:
-    "A recipe that ships with the package; `ValueError` names them all."
-    known = {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
-    if name not in known: raise ValueError(f"no recipe is called {name!r}: there are {', '.join(known)}")
-    return known[name]
-
 def _setting_classes() -> tuple:
     "The dataclasses that settings belong to."
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
     return LaidConfig, WindowSimulation
 
+# %% ../nbs/13_cli.ipynb #train-own
 def _own_parameters(function) -> set[str]:
     "Names of the parameters of a command, without `**settings`."
     parameters = signature(function).parameters.values()
@@ -585,7 +588,7 @@ def _write_response(
 # %% ../nbs/13_cli.ipynb #inspect-lab
 def _inspect_in_lab(names, stacks, memory, out, port, browser):
     "The heads in JupyterLab, in a notebook that can be changed."
-    if not util.find_spec("jupyterlab"): 
+    if not util.find_spec("jupyterlab"):
         raise ValueError(f"JupyterLab is not installed: {how_to_install('jupyterlab')}")
     from laid_nb.explore import KnownModels, kept_heads
     from laid_nb.serve import free_port, page, serve, shipped_heads
