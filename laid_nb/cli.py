@@ -117,16 +117,24 @@ def evaluate(
     columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
     def read(files): return read_haystacks(files, image_root, benchmark, **columns)
     haystacks = read(data) if data else drawn_test(sizes, questions, seed, split, kind)
-    refuse_bad_pictures(haystacks)
-    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     _check_evaluation(ways, plot, vhs, haystacks)
+    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
     records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
-    return _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
+    results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
+    return _into_card(results, model, data, kind, split, ways, seen) if first else results
+
+# %% ../nbs/13_cli.ipynb #eval-card
+def _into_card(results, model: str, data, kind: str, split: str, ways: dict, seen: str):
+    "Put results beside a student of this package too -> them."
+    from laid_nb.card import add_results
+    asked = ", ".join(Path(path).name for path in data) if data else f"drawn haystacks, {kind} needle, {split}"
+    add_results(model, results, ", with ".join([asked, *ways]), seen)
+    return results
 
 # %% ../nbs/13_cli.ipynb #eval-parts
 def _first_process() -> bool:
@@ -218,6 +226,7 @@ def _check_evaluation(
 ) -> None:
     "`ValueError` for two baselines at once, a figure of another kind, or results that are there or not for VHs."
     from laid_nb.vhs import check_yes_no
+    refuse_bad_pictures(haystacks)
     if len(ways) > 1:
         first, second = list(ways)[:2]
         raise ValueError(f"--{second} is not allowed with --{first}: one training-free baseline at a time")
@@ -227,6 +236,13 @@ def _check_evaluation(
         raise ValueError(f"{vhs} exists: results for the VHs toolkit are written into a new folder")
     for haystack in haystacks if vhs else ():
         check_yes_no(haystack)
+
+# %% ../nbs/13_cli.ipynb #train-recipe
+def _recipe(name: str) -> Path:
+    "A recipe that ships with the package; `ValueError` names them all."
+    known = {path.stem: path for path in sorted(data_path("recipes").glob("*.yaml"))}
+    if name not in known: raise ValueError(f"no recipe is called {name!r}: there are {', '.join(known)}")
+    return known[name]
 
 # %% ../nbs/13_cli.ipynb #train-config
 def _texts(value) -> list[str]:  # as behind a flag
@@ -255,10 +271,12 @@ def _plain_loader():
 
 # %% ../nbs/13_cli.ipynb #train-yaml
 def _yaml_settings(
-    path,  # YAML file
+    path,  # YAML file, or recipe:NAME for one that ships
 ) -> dict:
     "Settings in a file, as texts."
     import yaml
+    if str(path).startswith("recipe:"):
+        path = _recipe(str(path).partition(":")[2])
     if not Path(path).is_file():
         raise FileNotFoundError(f"no such file: {path}" if not Path(path).exists() else f"{path} is no plain file")
     if Path(path).stat().st_size > _LONGEST_FILE:
@@ -285,6 +303,7 @@ def _setting_classes() -> tuple:
     from laid_nb.train import LaidConfig
     return LaidConfig, WindowSimulation
 
+# %% ../nbs/13_cli.ipynb #train-own
 def _own_parameters(function) -> set[str]:
     "Names of the parameters of a command, without `**settings`."
     parameters = signature(function).parameters.values()
@@ -353,7 +372,7 @@ def train(
     eval_data: list[str] | None = None,  # files like --data that the student is asked about every --eval_steps
     eval_sizes: _Sizes | None = None,  # or images of haystacks that are drawn for it
     eval_questions: _Count = 36,  # at each of these sizes
-    config: str | None = None,  # YAML file of settings; flags win over it
+    config: str | None = None,  # YAML file of settings, or recipe:NAME (data/recipes); flags win over it
     **settings,  # of LaidConfig and WindowSimulation
 ):  # -> Path, the distilled student
     """Distil a student from a teacher, with any setting of LaidConfig and WindowSimulation as a flag.
@@ -376,7 +395,9 @@ def train(
         with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
             trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
-        _save_student(trainer, out/"model", model_path(student), stacks)
+        _save_student(trainer, out/"model", (student, teacher), stacks, tests)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
@@ -397,14 +418,17 @@ def _until_stopped(
             e.more = ("--resume_from_checkpoint", "last") if saved else ()
             raise
 
-def _save_student(trainer, folder: Path, base: str, haystacks: list) -> None:
-    "What was learnt, with marks of what it was learnt from, whole or not at all; every process must call this."
+def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list, tests: list) -> None:
+    "What was learnt, with a card and marks of what it was learnt from, or nothing; every process must call this."
+    from laid_nb.card import write_card
+    base = model_path(pair[0])
     if not trainer.is_world_process_zero():
         trainer.save_student(folder, base)
         return
     with atomic_write(folder) as part:
         trainer.save_student(part, base)
         save_marks(part, data_marks(haystacks))
+        write_card(part, trainer, *pair, haystacks, tests)
     print(f"written: {folder}; measure it with: laid eval {folder} --pictures")
 
 # %% ../nbs/13_cli.ipynb #train-trainer
@@ -478,7 +502,7 @@ def check(*args, **kwargs):  # -> list of laid_nb.check.Found
 @command
 def plan(
     student: str,  # a folder, a hub name, or teacher, student or distilled for those that ship
-    teacher: str,  # likewise
+    teacher: str,  # likewise, or self
     images: _Count = 20,  # of the longest haystack
     image_size: _Pixels = (480, 640),  # of an image (default 480:640)
     text: _Count = 40,  # tokens of a haystack beside its images, replies included
@@ -489,7 +513,7 @@ def plan(
     card_memory: float | None = None,  # GB of each, in place of the name's
     card_tflops: float | None = None,  # bf16 TFLOP/s of each, in place of the name's
     share: float = 0.4,  # of the cards' peak that a run is thought to reach
-    config: str | None = None,  # YAML file of settings; flags win over it
+    config: str | None = None,  # YAML file of settings, or recipe:NAME (data/recipes); flags win over it
     **settings,  # of LaidConfig and WindowSimulation, as for laid train
 ):  # -> laid_nb.plan.Plan
     "What a training needs: memory on each card, disk, time, and the flags that make it fit."
@@ -497,7 +521,8 @@ def plan(
     from laid_nb.plan import CARDS, Cards, Sample, advise, plan_training
     if card not in CARDS: raise ValueError(f"card {card!r} is not known: {', '.join(CARDS)}, or give --card_memory")
     args, _ = _training_settings({"use_cpu": True} | (_yaml_settings(config) if config else {}) | settings)
-    own, other = _read_config(student), None if args.method == "sft" else _read_config(teacher)
+    other = student if teacher == "self" else teacher
+    own, other = _read_config(student), None if args.method == "sft" else _read_config(other)
     named = Cards(cards, card_memory or CARDS[card][0], card_tflops or CARDS[card][1])
     sample = Sample(images, *image_size, text, replies, args.per_device_train_batch_size)
     made = plan_training(own, other, args, sample, named, samples)

@@ -99,7 +99,7 @@ def check_mask(
 ) -> None:
     "`ValueError` where the mask of a batch does not reach the model."
     mask, real = given.get("attention_mask"), batch["attention_mask"]
-    if mask is real or mask is not None and torch.equal(mask, real): return
+    if mask is real or mask is not None and torch.equal(mask, real.to(mask.device)): return
     raise ValueError(f"the attention_mask of the batch does not reach {type(model).__name__}: padding would be read. "
                      f"Its row in FAMILIES (model type {model.config.model_type!r}) must have it beside the embeddings")
 

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -169,6 +170,7 @@ class LaidConfig(_own_settings(), _Loading, _Pixels, _Keeping, TrainingArguments
 
     def __post_init__(self):
         check_environment(self.deepspeed, self.fsdp)
+        self.fsdp = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)  # as a flag and a file say it
         super().__post_init__()
         if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -995,7 +997,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
     if self.args.push_to_hub and not _internal_call:
-        self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        self.push_to_hub(commit_message="Model save", folder=folder)
 
 @patch
 def save_student(
@@ -1024,6 +1026,24 @@ def save_student(
         settle_checkpoint(part, self.model, self.processing_class)
         save_prompt(part, self.processing_class, self.data_collator.prompt)
         _write_dtype(part, self.given_dtype)
+
+# %% ../nbs/09b_train.ipynb #push
+@patch
+def push_to_hub(
+    self: LaidTrainer, commit_message="End of training", blocking=True, token=None, revision=None, private=None,
+    folder=None,  # of a saved student; None: OUTPUT_DIR/model, which is saved if it is not there
+):
+    "Upload a saved student to `hub_model_id`; every process must call this."
+    folder, token = Path(folder or Path(self.args.output_dir)/"model"), token or self.args.hub_token
+    if not folder.exists():
+        self.save_student(folder)
+    if not self.is_world_process_zero(): return None
+    if self.hub_model_id is None:
+        self.init_hf_repo(token=token, private=private)
+    self._finish_current_push()
+    return HfApi().upload_folder(
+        repo_id=self.hub_model_id, folder_path=str(folder), commit_message=commit_message, token=token,
+        revision=revision or self.args.hub_revision, run_as_future=not blocking)
 
 # %% ../nbs/09b_train.ipynb #save-dtype
 def _write_dtype(
