@@ -13,6 +13,7 @@ import os
 import shlex
 import signal
 import sys
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from importlib import util
 from inspect import signature
@@ -610,7 +611,7 @@ def main(
         return e.code or 0
     except KeyboardInterrupt as e:
         return _say_stopped(e, argv)
-    except (ValueError, TypeError, FloatingPointError, OSError) as e:
+    except (ValueError, TypeError, FloatingPointError, OSError, BrokenExecutor) as e:  # broken: a worker was ended
         if "--debug" in argv: raise
         print(f"laid: error: {' '.join(str(e).split()) or type(e).__name__}", file=sys.stderr)
         return 2

@@ -625,10 +625,13 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
         self.settle_start(resume_from_checkpoint)
         try:
             result = super(LaidTrainer, self).train(self.resumed, **kwargs)
-        except BadPicture:
+        except (BadPicture, RuntimeError) as e:
+            if not isinstance(e, BadPicture) and "DataLoader worker" not in str(e): raise
             if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
                 self.keep_trained()
-            raise
+            if isinstance(e, BadPicture): raise
+            raise ChildProcessError("a process that reads pictures has ended by itself, perhaps for want of memory; go "
+                                    f"on from the last checkpoint, with fewer dataloader_num_workers: {e}") from e
         self.finish()
     return result
 
@@ -965,6 +968,7 @@ def describe_run(self: LaidTrainer) -> dict:
     if args.teacher_cache and (args.teacher_cache_heads != "all" or args.teacher_cache_bits):  # not what is computed
         settings |= {name: x for name, x in args.to_dict().items() if name.startswith("teacher_cache_")}
     read = dict(data=_describe_data(self.stacks), turns=collator.turns, size=collator.size)
+    read["prompt"] = getattr(collator, "prompt", "")
     run = settings | asdict(self.simulation) | self.pair | read | {"processes": args.world_size}
     return json.loads(json.dumps(run, default=str))
 
