@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['needle_attention', 'needle_scores', 'needle_pair', 'build_mixing', 'gram_sums', 'fit_mixing', 'load_mixing',
-           'build_projections', 'fit_projections']
+           'turning_pairs', 'build_projections', 'fit_projections']
 
 # %% ../nbs/09_align.ipynb #imports
 import math
@@ -262,20 +262,24 @@ def measured_layers(
         scores.append(found)
     return [needle_pair(*scores)]
 
+# %% ../nbs/09_align.ipynb #turning-pairs
 def turning_pairs(
     student,  # a transformers model
     teacher,  # a transformers model
     layers: str,  # as for `layer_pairs`
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "Pairs that are named or, by depth, those in which both layers have RoPE; warns of those left out."
+    """Pairs that are named; by depth those in which both layers have RoPE; the last that have it. Warns of those left
+    out."""
     pairs = layer_pairs(layers, student.config, teacher.config)
-    if layers != "depth": return pairs
     own, other = rope_layers(student), rope_layers(teacher)
-    turned = [(s, t) for s, t in pairs if s in own and t in other]
+    if layers not in ("depth", "last") or not (own and other): return pairs  # no RoPE at all is refused elsewhere
+    both = [(s, t) for s, t in pairs if s in own and t in other]
+    turned = both if layers == "depth" else [(own[-1], other[-1])]
     if not turned: raise ValueError("no two layers of the same depth have RoPE: name pairs of layers")
-    if len(turned) < len(pairs):
+    if turned != pairs:
         left_out = ", ".join(f"{s}:{t}" for s, t in pairs if (s, t) not in turned)
-        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE", stacklevel=3)
+        instead = f"; {turned[0][0]}:{turned[0][1]} is" if layers == "last" else ""
+        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE{instead}", stacklevel=3)
     return turned
 
 # %% ../nbs/09_align.ipynb #hidden

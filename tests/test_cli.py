@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -23,7 +24,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from laid_nb import __version__, cli, demo, inspector, serve
+from laid_nb import __version__, cli, demo, explore, inspector, serve
 from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
@@ -434,59 +435,65 @@ def test_checkpoint_that_is_cut(pair, work, capsys, tmp_path_factory):
 # --- laid inspect -------------------------------------------------------------
 
 @pytest.fixture
-def served(monkeypatch):
-    "What the server was called with."
-    calls = []
-    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
-    return calls
+def shown(monkeypatch):
+    "Pages at the moment when the command would wait for Ctrl-C."
+    pages = []
+    def wait(server):
+        with urllib.request.urlopen(server.url) as reply: pages.append(reply.read().decode())
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr(explore.PageServer, "wait", wait)
+    monkeypatch.setattr(explore.webbrowser, "open", lambda url: None)
+    return pages
 
 
-def listed(folder="laid-inspect"):
-    "Names and files in the notebook, as its code has them."
-    notebook = nbformat.read(f"{folder}/inspect.ipynb", 4)
-    nbformat.validate(notebook)
-    found = {}
-    exec(re.search(r"^files = \{.*?^\}", "\n".join(c.source for c in notebook.cells if c.cell_type == "code"), re.S | re.M)[0], found)
-    return found["files"]
+def views(page): return [json.loads(text)["view"] for text in re.findall(r'class="laid-data">(.*?)</script>', page)]
 
 
-def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
-    read, reads = serve.read_heads, []
-    monkeypatch.setattr(serve, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
+def test_inspect_reads_a_model_once(pair, work, shown, monkeypatch):
+    read, reads = inspector.read_heads, []
+    monkeypatch.setattr(inspector, "read_heads", lambda model, processor, haystacks, name, **rest: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name, **rest))
     def run(*more):
         reads.clear()
-        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more])
+        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", *more])
         return reads
     assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
-    files = listed()
-    assert list(files) == ["teacher", "student"] and [inspector.HeadSpectra.load(f).images for f in files["student"]] == [1, 3]
-    assert run("--sizes", "1,3") == [] and listed() == files
-    assert run("--sizes", "1,3,4") == [[4, 4]]*2 and run("--sizes", "3", "--seed", 1) == [[3, 3]]*2
-    assert served[0] == (Path("laid-inspect/inspect.ipynb"), 1234, False, False)
+    looks, heads = views(shown[0])
+    assert [m["name"] for m in heads["models"]] == ["teacher", "student"] and heads["sizes"] == [1, 3]
+    assert [h["images"] for h in looks["haystacks"]] == [1, 3] and Path("laid-inspect/index.html").read_text() == shown[0]
+    monkeypatch.setattr(explore, "load_model", None)
+    assert run("--sizes", "1,3") == [] and shown[1] == shown[0]
+    monkeypatch.undo()
 
 
-def test_inspect_opens_the_embedded_models_without_reading(work, served, monkeypatch):
-    monkeypatch.setattr(serve, "load_model", None)
-    ok(["inspect", "--lab"])
-    assert {name: [(s.name, s.images) for s in map(inspector.HeadSpectra.load, files)] for name, files in listed().items()} == {name: [(name, n) for n in serve.READ["sizes"]] for name in EMBEDDED}
-    assert served[0][2:] == (True, True)
+def test_inspect_opens_the_embedded_models_without_reading(work, shown, monkeypatch):
+    monkeypatch.setattr(explore, "load_model", None)
+    ok(["inspect"])
+    assert [[m["name"] for m in view["models"]] for view in views(shown[0]) if view["kind"] == "heads"] == [list(EMBEDDED)]
+    assert Path("laid-inspect/open.html").stat().st_mode & 0o077 == 0 and "token=" in Path("laid-inspect/open.html").read_text()
 
 
-def test_inspect_reads_the_haystacks_of_files(pair, files, work, served):
+def test_inspect_reads_the_haystacks_of_files(pair, files, work, shown):
     ok(["inspect", pair/"student", *files()])
-    assert [inspector.HeadSpectra.load(f).images for f in listed()["student"]] == [2]
+    assert views(shown[0])[-1]["sizes"] == [2]
+
+
+def test_inspect_in_jupyterlab(work, monkeypatch):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
+    ok(["inspect", "--lab"])
+    notebook = nbformat.read("laid-inspect/inspect.ipynb", 4)
+    nbformat.validate(notebook)
+    assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True, True)
+    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="JupyterLab is not installed: pip install jupyterlab"): cli.inspect(lab=True)
 
 
 @pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image_root",))])
-def test_bad_arguments_of_inspect(options, words, work, served, capsys):
+def test_bad_arguments_of_inspect(options, words, work, shown, capsys):
     refused(capsys, work, ["inspect", *options], *words)
-    assert not served
+    assert not shown
 
 
-def test_inspect_says_what_is_missing(work, served, capsys, monkeypatch):
-    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
-    refused(capsys, work, ["inspect"], 'pip install "laid_nb[inspect]"')
-
-
-def test_inspect_wants_a_port_that_is_free(work, served, capsys):
+def test_inspect_wants_a_port_that_is_free(work, shown, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken: refused(capsys, work, ["inspect", "--port", taken.getsockname()[1]], str(taken.getsockname()[1]), "in use")
