@@ -310,7 +310,8 @@ def train(
                                   callbacks=[callback])
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", model_path(student), stacks)
-    trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
+    with trainer.company():
+        trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
 
@@ -471,15 +472,19 @@ def _write_response(
         figure.axes[0].axhline(start - .5, color="black", linewidth=1)
     figure.savefig(path, dpi=160)
 
-# %% ../nbs/13_cli.ipynb #inspect-run
-def _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed) -> dict:  # number of images -> haystacks
-    "The haystacks that every model reads."
-    if not data: return {n: [picture_haystack(100_000*seed + i, n, 1, "test") for i in range(haystacks)] for n in sizes}
-    found = {}
-    for haystack in read_haystacks(data, image_root, benchmark):
-        found.setdefault(len(haystack.images), []).append(haystack)
-    return {n: found[n][:haystacks] for n in sorted(found)}
+# %% ../nbs/13_cli.ipynb #inspect-lab
+def _inspect_in_lab(names, stacks, memory, out, port, browser):
+    "The heads in JupyterLab, in a notebook that can be changed."
+    if not util.find_spec("jupyterlab"): raise ValueError("JupyterLab is not installed: pip install jupyterlab")
+    from laid_nb.explore import KnownModels, kept_heads
+    from laid_nb.serve import free_port, page, serve, shipped_heads
+    port, models = free_port(port), KnownModels(out)
+    files = {short: kept_heads(models, name, short, stacks, memory) if stacks else shipped_heads(name)
+             for name, short in names.items()}
+    write_json(out/"inspect.ipynb", page(files))
+    serve(out/"inspect.ipynb", port, True, browser)
 
+# %% ../nbs/13_cli.ipynb #inspect-run
 @command
 def inspect(
     *models: str,  # folders, hub names, or teacher, student or distilled for those that ship (default all three)
@@ -489,31 +494,30 @@ def inspect(
     data: list[str] | None = None,  # read haystacks of these files instead
     image_root: str | None = None,  # folder that their image paths start from
     benchmark: _Source = "vhs",  # what the files are
-    out: str = "laid-inspect",  # folder of readings, which are not made twice, and of the notebook that is shown
+    memory: _Count = 4,  # GB, for queries and keys while a model is read
+    out: str = "laid-inspect",  # folder of readings, which are not made twice, and of the page
     port: _Count | None = None,  # of 127.0.0.1 (default any that is free)
-    lab: bool = False,  # show it in JupyterLab
+    lab: bool = False,  # show the heads in JupyterLab instead
     browser: bool = True,  # only say where it is
 ):
-    "What each head does with distance, to be looked at in a browser."
-    package, hint = ("jupyterlab", "jupyterlab") if lab else ("voila", '"laid_nb[inspect]"')
-    if not util.find_spec(package):
-        raise ValueError(f"{'JupyterLab' if lab else 'Voilà'} is not installed: pip install {hint}")
-    from laid_nb.serve import READ, free_port, kept_heads, page, serve, shipped_heads, short_names
-    names, files, device = models or EMBEDDED, {}, None
+    "Where models look and what their heads do with distance, on a page in a browser."
+    from laid_nb.explore import READ, PageServer, drawn_stacks, given_stacks, short_names, show_models
+    names = list(models or EMBEDDED)
     for name in names:
         model_path(name)
-    port = free_port(port)
-    stacks = _stacks_by_size(data, image_root, benchmark, sizes, haystacks, seed)
+    names = dict(zip(names, short_names(names)))
+    found = read_haystacks(data, image_root, benchmark) if data else None
+    stacks, asked = given_stacks(found, haystacks) if data else drawn_stacks(sizes, haystacks, seed)
     as_shipped = not data and READ == dict(sizes=list(sizes), haystacks=haystacks, seed=seed)
-    for name, short in zip(names, short_names(list(names))):
-        if as_shipped and name in EMBEDDED:
-            files[short] = shipped_heads(name)
-        else:
-            device = device or prepare_process()
-            files[short] = kept_heads(name, stacks, Path(out), device)
-    write_json(Path(out)/"inspect.ipynb", page(files))
-    print(f"{', '.join(files)}: heads at {', '.join(map(str, stacks))} images", flush=True)
-    serve(Path(out)/"inspect.ipynb", port, lab, browser)
+    stacks = None if as_shipped and tuple(names) == EMBEDDED else stacks
+    if lab: return _inspect_in_lab(names, stacks, memory, Path(out), port, browser)
+    server = PageServer(port)
+    print(server.url, flush=True)
+    if browser:
+        server.open_browser(Path(out))
+    file = show_models(server, names, stacks, asked, Path(out), memory)
+    print(f"{file}: the page as a file\nCtrl-C ends it", flush=True)
+    server.wait()
 
 # %% ../nbs/13_cli.ipynb #anchors
 @command

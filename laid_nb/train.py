@@ -655,14 +655,14 @@ def finish(self: LaidTrainer) -> None:
 @contextmanager
 def company(self: LaidTrainer):
     """What several processes do together. A process that fails says so and ends, without waiting for the others;
-    those get no answer any more, and `RuntimeError` says why."""
+    those get no answer any more, and `ConnectionError` says why."""
     try:
         yield
     except RuntimeError as e:
         if self.accelerator.num_processes == 1 or not _LOST.search(str(e)): raise
-        raise RuntimeError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer from "
-                           f"another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: what it "
-                           "says itself is the cause") from e
+        raise ConnectionError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer "
+                              f"from another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: "
+                              "what it says itself is the cause") from e
 
 _LOST = re.compile("[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|[Bb]roken pipe|NCCL")
 
