@@ -15,6 +15,7 @@ import shlex
 import signal
 import sys
 import warnings
+from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from importlib import util
 from inspect import signature
@@ -396,9 +397,10 @@ def train(
             trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", (student, teacher), stacks, tests)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
+    with trainer.company():
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
 

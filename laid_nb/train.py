@@ -740,10 +740,13 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
         self.check_ready()
         try:
             result = super(LaidTrainer, self).train(self.resumed, **kwargs)
-        except BadPicture:
+        except (BadPicture, RuntimeError) as e:
+            if not isinstance(e, BadPicture) and "DataLoader worker" not in str(e): raise
             if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
                 self.keep_trained()
-            raise
+            if isinstance(e, BadPicture): raise
+            raise ChildProcessError("a process that reads pictures has ended by itself, perhaps for want of memory; go "
+                                    f"on from the last checkpoint, with fewer dataloader_num_workers: {e}") from e
         self.finish()
     return result
 
@@ -771,14 +774,14 @@ def finish(self: LaidTrainer) -> None:
 @contextmanager
 def company(self: LaidTrainer):
     """What several processes do together. A process that fails says so and ends, without waiting for the others;
-    those get no answer any more, and `RuntimeError` says why."""
+    those get no answer any more, and `ConnectionError` says why."""
     try:
         yield
     except RuntimeError as e:
         if self.accelerator.num_processes == 1 or not _LOST.search(str(e)): raise
-        raise RuntimeError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer from "
-                           f"another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: what it "
-                           "says itself is the cause") from e
+        raise ConnectionError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer "
+                              f"from another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: "
+                              "what it says itself is the cause") from e
 
 _LOST = re.compile("[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|[Bb]roken pipe|NCCL")
 
@@ -1121,7 +1124,7 @@ def describe_run(self: LaidTrainer) -> dict:
     if args.teacher_cache and (args.teacher_cache_heads != "all" or args.teacher_cache_bits):  # not what is computed
         settings |= {name: x for name, x in args.to_dict().items() if name.startswith("teacher_cache_")}
     read = dict(data=_describe_data(self.stacks), turns=collator.turns, size=collator.size,
-                prompt=collator.prompt)
+                prompt=getattr(collator, "prompt", ""))
     run = settings | asdict(self.simulation) | self.pair | read | {"processes": args.world_size}
     return json.loads(json.dumps(run, default=str))
 
