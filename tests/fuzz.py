@@ -543,6 +543,7 @@ def watch(name, cases, first_seed, bench, scratch, keep, seconds=math.inf):
 
 def fuzz(cases, first_seed, only=None, keep=None, seconds=math.inf, say=print):
     "Cases by target, shared out as `TARGETS` says -> what came of them, by target."
+    import datasets  # noqa: F401
     import transformers
     transformers.logging.set_verbosity_error()
     results = {}
