@@ -495,9 +495,11 @@ def mean_mass(
     records: list[dict],  # from `evaluate` or `read_records`
 ) -> dict[int, float]:  # number of images -> mean
     "Mean probability of the choices of a question together, by number of images; of questions that have choices."
-    chosen = [r for r in records if _choices(r)]
-    sizes = sorted({r["size"] for r in chosen})
-    return {s: float(np.mean([r["mass"] for r in chosen if r["size"] == s])) for s in sizes}
+    found = {}
+    for r in records:
+        if _choices(r):
+            found.setdefault(r["size"], []).append(r["mass"])
+    return {size: float(np.mean(found[size])) for size in sorted(found)}
 
 # %% ../nbs/10_accuracy.ipynb #plot-accuracy
 def _plot_level(axes, sizes, level, style):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['needle_attention', 'needle_scores', 'needle_pair', 'build_mixing', 'gram_sums', 'fit_mixing', 'load_mixing',
-           'build_projections', 'fit_projections']
+           'turning_pairs', 'build_projections', 'fit_projections']
 
 # %% ../nbs/09_align.ipynb #imports
 import math
@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention import attention_kinds, layers_left_out, said_of_layers
 from .capture import capture, residual_streams
-from .inputs import image_inputs, read_groups, read_positions
+from .inputs import image_inputs, read_groups, read_positions, to_model
 from .losses import unit_rms
 from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_pairs, mixing_kind, mixings
 from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
@@ -70,11 +70,11 @@ def _turn_attention(
 
 def _plain_layers(
     model,  # student or teacher
-    batches: list[dict],  # from `HaystackCollator`, on the model's device
+    batches: list[dict],  # from `HaystackCollator`
     role: str,  # "student" or "teacher"
 ) -> list[int]:
     "Layers that attend causally to all tokens of the longest batch. Warns of the others, `ValueError` where none does."
-    batch = max(batches, key=lambda b: b["input_ids"].shape[1])
+    batch = to_model(model, max(batches, key=lambda b: b["input_ids"].shape[1]))
     layers = model.config.get_text_config().num_hidden_layers
     inputs = image_inputs(model, batch, role) | dict(position_ids=read_positions(model, batch))
     left_out = layers_left_out(model, inputs)
@@ -88,13 +88,14 @@ def _plain_layers(
 @torch.no_grad()
 def needle_scores(
     model,  # student or teacher
-    batches: list[dict],  # from `HaystackCollator`, on the model's device
+    batches: list[dict],  # from `HaystackCollator`
     role: str,  # "student" or "teacher"
 ) -> torch.Tensor:  # [layers, heads], in 0..1; nan for layers that do not attend causally to all tokens
     """Mean share of attention from the tokens of a question to the image it asks about (ours). Warns of layers that are
     left out."""
     found, layers = [], _plain_layers(model, batches, role)
     for batch in batches:
+        batch = to_model(model, batch)
         groups, turn = read_groups(model, batch), batch["turn"]
         asked, mask = asked_rows(turn, batch["needles"], groups), batch["attention_mask"].bool()
         with capture(model, layers) as cache:
@@ -160,19 +161,20 @@ def build_mixing(
 def _read_pair(
     student,  # a transformers model
     teacher,  # a transformers model
-    batch: dict,  # from `HaystackCollator`, on the models' device
+    batch: dict,  # from `HaystackCollator`, on the student's device
 ) -> None:
     "Both models read a batch at the student's positions; what they make of it is captured by whoever asked."
     positions = read_positions(student, batch)
     for model, role in ((student, "student"), (teacher, "teacher")):
-        model(**image_inputs(model, batch, role), position_ids=positions, logits_to_keep=1, use_cache=False)
+        model(**image_inputs(model, batch, role), position_ids=to_model(model, positions), logits_to_keep=1,
+              use_cache=False)
 
 @torch.no_grad()
 def gram_sums(
     pairs: list[tuple[int, int]],  # (student layer, teacher layer)
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     by_band: bool = False,  # as forms other than scalar need them
 ) -> dict[tuple[int, int], GramStats]:
     "What both models make of a few batches, as streamed Gram sums of every pair of layers."
@@ -191,7 +193,7 @@ def fit_mixing(
     mixing: nn.ModuleDict,  # from `build_mixing`, changed in place
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     init: str = "ridge",  # "ridge", "uniform" or "random"
     seed: int = 0,  # for "random"
 ) -> dict[tuple[int, int], GramStats]:  # what was measured, by pair; empty where heads cannot be compared by dimension
@@ -233,7 +235,7 @@ MEASURED = ("needle", "best")  # ways to choose layers that read haystacks first
 def _best_layers(
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Each student layer that has RoPE with the teacher layer of the same RoPE whose mixtures explain it best."
@@ -250,7 +252,7 @@ def measured_layers(
     layers: str,  # one of MEASURED
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Layers chosen by what they do on a few haystacks (ours)."
@@ -262,20 +264,24 @@ def measured_layers(
         scores.append(found)
     return [needle_pair(*scores)]
 
+# %% ../nbs/09_align.ipynb #turning-pairs
 def turning_pairs(
     student,  # a transformers model
     teacher,  # a transformers model
     layers: str,  # as for `layer_pairs`
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
-    "Pairs that are named or, by depth, those in which both layers have RoPE; warns of those left out."
+    """Pairs that are named; by depth those in which both layers have RoPE; the last that have it. Warns of those left
+    out."""
     pairs = layer_pairs(layers, student.config, teacher.config)
-    if layers != "depth": return pairs
     own, other = rope_layers(student), rope_layers(teacher)
-    turned = [(s, t) for s, t in pairs if s in own and t in other]
+    if layers not in ("depth", "last") or not (own and other): return pairs  # no RoPE at all is refused elsewhere
+    both = [(s, t) for s, t in pairs if s in own and t in other]
+    turned = both if layers == "depth" else [(own[-1], other[-1])]
     if not turned: raise ValueError("no two layers of the same depth have RoPE: name pairs of layers")
-    if len(turned) < len(pairs):
+    if turned != pairs:
         left_out = ", ".join(f"{s}:{t}" for s, t in pairs if (s, t) not in turned)
-        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE", stacklevel=3)
+        instead = f"; {turned[0][0]}:{turned[0][1]} is" if layers == "last" else ""
+        warnings.warn(f"pairs {left_out} are not aligned: a layer of them has no RoPE{instead}", stacklevel=3)
     return turned
 
 # %% ../nbs/09_align.ipynb #hidden
@@ -293,7 +299,7 @@ def fit_projections(
     projections: nn.ModuleDict,  # from `build_projections`, changed in place
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     ridge: float = 1e-3,  # relative to the mean diagonal of the teacher's Gram matrix
 ) -> None:
     "Start the projections at the ridge solution on a few batches."
@@ -304,9 +310,9 @@ def fit_projections(
         with residual_streams(student, layers[0]) as own, residual_streams(teacher, layers[1]) as other:
             _read_pair(student, teacher, batch)
         for (s, t), total in sums.items():
-            a = unit_rms(other[t][real]).double()
+            a = unit_rms(other[t].to(real.device)[real]).double()
             total[0] = total[0] + a.T @ a
-            total[1] = total[1] + a.T @ unit_rms(own[s][real]).double().to(a.device)
+            total[1] = total[1] + a.T @ unit_rms(own[s][real]).double()
     for (gram, cross), projection in zip(sums.values(), projections.values()):
         damping = ridge*gram.diagonal().mean()*torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         projection.weight.copy_(torch.linalg.solve(gram + damping, cross).T)

@@ -243,11 +243,12 @@ def attention_kinds(
 def layers_left_out(
     model,  # a transformers model
     inputs: dict,  # what it is called with
+    tokens: int | None = None,  # of the longest such inputs; None: of these
 ) -> dict[int, str]:  # layer -> why
-    "Text layers whose attention over these inputs is not causal softmax of the scaled products (ours)."
+    "Text layers whose attention over such inputs is not causal softmax of the scaled products (ours)."
     kinds, mask = attention_kinds(model, inputs=inputs), inputs.get("attention_mask")
     one = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    tokens = one.shape[1] if mask is None else int(mask.sum(1).max())
+    tokens = tokens or (one.shape[1] if mask is None else int(mask.sum(1).max()))
     none, layers = AttentionKind(differs=("has no self-attention",)), model.config.get_text_config().num_hidden_layers
     found = {layer: kinds.get(layer, none) for layer in range(layers)}
     return {layer: str(kind) for layer, kind in found.items() if not kind.plain(tokens)}

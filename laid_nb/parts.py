@@ -21,7 +21,7 @@ from laid_nb.align import (
 )
 from .capture import Cache, residual_streams
 from .gain import folded_state, gain_folds, rope_gains
-from .inputs import image_inputs, read_positions
+from .inputs import image_inputs, read_positions, to_model
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch
 from .rope import rope_layers
@@ -38,6 +38,7 @@ class Part:
     options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
     in_weights = False  # whether a stock checkpoint has it in its weights
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
+    learns = True  # whether a term that has a weight depends on it
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ def _part_state(
     "The file of a part; `FileNotFoundError` where that run had none."
     path = Path(folder)/part.file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {part.missing}")
+        raise FileNotFoundError(f"{path} is not there: the checkpoint is not whole, or {part.missing}")
     return read_tensors(path)[0]
 
 def _entries(
@@ -125,12 +126,19 @@ def sees_attention(self: MixingPart) -> bool:
     "Whether a term that has a weight compares attention."
     return any(weight and TERMS[name].sees == "attention" for name, weight in self.args.weights.items())
 
+@patch(as_prop=True)
+def learns(self: MixingPart) -> bool:
+    "Whether a term that compares heads has a weight, and there is more than one head to mix."
+    seen = any(weight and TERMS[name].sees in ("heads", "attention") for name, weight in self.args.weights.items())
+    return seen and any(p.numel() > 1 for p in self.parameters())
+
 @patch
 def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
     "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
     self.reach, reaches = None, []
     for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
-        inputs = batch and image_inputs(model, batch, role) | dict(position_ids=read_positions(self.student, batch))
+        inputs = batch and image_inputs(model, batch, role) | dict(
+            position_ids=to_model(model, read_positions(self.student, batch)))
         reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
     self.reach = min(filter(None, reaches), default=None)
 

@@ -11,6 +11,7 @@ __all__ = ['real_tokens', 'distance_response', 'band_response', 'position_respon
 # %% ../nbs/02_spectra.ipynb #imports
 import functools
 import math
+from textwrap import wrap
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from matplotlib.ft2font import FT2Font
 from scipy.fft import next_fast_len
 from torch.autograd.function import once_differentiable
 
+from .attention import said_of_layers
 from .patch import patch
 
 # %% ../nbs/02_spectra.ipynb #words
@@ -718,6 +720,7 @@ def plot_head_map(
     limits: tuple,  # (low, high), the fixed colour range of all of them
     label: str,  # what the colours mean, with the unit
     colours: str = "viridis",  # name of a colour map
+    left_out: dict[int, str] | None = None,  # layers without a value -> why, from `layers_left_out`; said below
 ) -> Figure:
     "Layer by head, one panel a name; nan is grey (ours)."
     layers, heads = next(iter(values.values())).shape
@@ -732,6 +735,8 @@ def plot_head_map(
         axes.set(xlabel="head", xticks=range(0, heads, max(1, heads//4)), yticks=range(0, layers, max(1, layers//8)))
     panels[0].set_ylabel("layer")
     figure.colorbar(shown, ax=figure.axes, label=label)
+    if left_out:
+        figure.supxlabel("\n".join(wrap(f"left out: {said_of_layers(left_out)}", int(width*12))), fontsize=8)
     return figure
 
 # %% ../nbs/02_spectra.ipynb #plot-activation

@@ -9,6 +9,8 @@ __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_
            'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
+import contextlib
+import glob
 import hashlib
 import json
 import math
@@ -17,12 +19,19 @@ import platform
 import re
 import shutil
 import tempfile
+import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 # %% ../nbs/06a_store.ipynb #data
 def data_path(
@@ -35,17 +44,76 @@ def data_path(
     raise FileNotFoundError(f"{'/'.join(parts)} is not in {here/'data'} nor in {here.parent/'data'}: "
                             "is the package installed whole?")
 
+# %% ../nbs/06a_store.ipynb #sync
+def sync(
+    path,  # file or folder
+    deep: bool = True,  # False: of a folder only the names in it
+) -> None:
+    "See a file, or all that is in a folder, to the disk."
+    path = Path(path)
+    for part in (*(path.rglob("*") if deep and path.is_dir() else ()), path):
+        if part.is_file() or os.name == "posix":  # Windows has no handle of a folder
+            handle = os.open(part, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+# %% ../nbs/06a_store.ipynb #lock
+def _lock_now(handle) -> bool:  # whether nobody else holds it
+    "Take a lock that ends with the process, whatever ends it: none is ever stale."
+    if fcntl is None: return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        warnings.warn(f"files cannot be locked here ({e.strerror}): see that no other process writes them")
+    return True
+
+@contextmanager
+def lock(
+    path,  # a file or a folder that is there
+    patience: float = 0,  # seconds to wait for what another process holds
+):
+    "Keep other processes that ask from writing a file or a folder. `ValueError` where one does already."
+    handle, end = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    try:
+        while not (_lock_now(handle) and os.path.samestat(os.fstat(handle), os.stat(path))):  # it may be another by now
+            if time.monotonic() > end:
+                raise ValueError(f"another process is writing {path}: wait for it, or give another place")
+            time.sleep(.1)
+        yield
+    finally:
+        if fcntl is not None:  # workers that were forked have the handle too
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
 # %% ../nbs/06a_store.ipynb #files
+def _remove_leftovers(path):
+    "Remove what a writer of this file or folder left when it was killed."
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        with contextlib.suppress(OSError, ValueError), lock(left):
+            if time.time() - left.stat().st_mtime > 60:  # a new one, which its writer is about to lock
+                shutil.rmtree(left)
+
 @contextmanager
 def atomic_write(
     path,  # file or folder to be made
+    synced: bool = True,  # see it to the disk first; False for what has a checksum and can be made again
 ):  # yields a temporary path beside it, with the same suffix
     "What is written to the path yielded gets its name when the block ends, and is removed when the block fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        yield Path(folder)/path.name
-        os.replace(Path(folder)/path.name, path)
+    if synced:
+        _remove_leftovers(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder, lock(folder):
+        part = Path(folder)/path.name
+        yield part
+        if synced:
+            sync(part)
+        os.replace(part, path)
+        if synced:
+            sync(path.parent, deep=False)
 
 @contextmanager
 def remove_on_failure(
@@ -273,12 +341,26 @@ def quantisation(
     raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
                      "which is not installed: pip install bitsandbytes")
 
+# %% ../nbs/06a_store.ipynb #model-file
+def model_file(
+    model: str | Path,  # a folder, or a name on the hub
+    name: str,  # of a file of ours beside a model's own
+) -> Path | None:  # None: there is none
+    "A file that may lie beside a model."
+    from transformers.utils import cached_file
+    if Path(model).is_dir(): return Path(model)/name if (Path(model)/name).is_file() else None
+    try:
+        return Path(cached_file(str(model), name))
+    except (OSError, ValueError):
+        return None
+
 # %% ../nbs/06a_store.ipynb #load-model
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
     bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
     device="cpu",  # where quantised weights go; others are on the CPU
+    attention: str | None = None,  # attn_implementation of transformers, such as sdpa or eager; None: its choice
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
@@ -292,7 +374,8 @@ def load_model(
             check_template(processor)
         _check_declared(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=attention, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
@@ -331,6 +414,7 @@ _OF_PROCESSOR = (
     "chat_template.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 _TYPES = ("dtype", "torch_dtype")
+_ASKED = ("padding", "truncation")  # what a tokenizer was last asked to do
 
 def _base_file(base, name):
     "A file of the checkpoint that something was loaded from, on this disk -> Path, or None."
@@ -345,7 +429,7 @@ def _meaning(path):
     if not path.exists(): return None
     if path.suffix != ".json": return path.read_bytes()
     data = json.loads(path.read_text(encoding="utf-8"))
-    return {k: v for k, v in data.items() if k not in ("padding", "truncation")} if isinstance(data, dict) else data
+    return {k: v for k, v in data.items() if k not in _ASKED} if isinstance(data, dict) else data
 
 def _without(config, names):
     "A config without some keys, in its parts too."
@@ -394,6 +478,30 @@ def _settle_generation(folder, base):
     if _without(said[0], ("transformers_version",)) == _without(said[1], ("transformers_version",)):
         shutil.copyfile(source, folder/"generation_config.json")
 
+# %% ../nbs/06a_store.ipynb #mend
+def mend_generation(
+    model,  # a transformers model, whose `generation_config` may be changed
+) -> None:
+    """Leave out what a generation config sets and does not use, so that it can be saved; a warning names it. Ours.
+    `ValueError` for a config that is wrong otherwise."""
+    config, left_out = getattr(model, "generation_config", None), {}
+    while config is not None:
+        try:
+            config.validate(strict=True)
+            break
+        except ValueError as e:
+            unused = [n for n in re.findall(r"^- `(\w+)`:", str(e), re.M) if getattr(config, n, None) is not None]
+            if not unused:
+                raise ValueError(f"the generation config of this {type(model).__name__} cannot be saved: "
+                                 f"{_first_line(e)}") from None
+        for name in unused:
+            left_out[name] = getattr(config, name)
+            setattr(config, name, None)
+    if left_out:
+        named = ", ".join(f"{name}={value}" for name, value in left_out.items())
+        warnings.warn(f"the generation config has {named}, which do_sample={config.do_sample} does not use and which "
+                      "cannot be saved: left out", stacklevel=2)
+
 # %% ../nbs/06a_store.ipynb #settle-processor
 def _older_processor(folder):
     "The files of a processor with what transformers 4 needs beside it."
@@ -424,7 +532,7 @@ def _is_from(source, folder, kind):
 
 def _settle_processor(folder, processor):
     "The files of the base's processor, unless the one to be saved is another; then both names."
-    found = {name: _base_file(processor.tokenizer.name_or_path, name) for name in _OF_PROCESSOR}
+    found = {name: _base_file(tokenizer_of(processor).name_or_path, name) for name in _OF_PROCESSOR}
     source = found["tokenizer_config.json"]
     if source and _is_from(source.parent, folder, type(processor)):
         for name in _OF_PROCESSOR:
@@ -452,6 +560,7 @@ def save_model(
     folder,  # to be made
 ):
     "A stock checkpoint, whole or not at all, as `settle_checkpoint` leaves it."
+    mend_generation(model)
     with atomic_write(folder) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)
@@ -472,24 +581,35 @@ def short_hash(
     texts = (p if isinstance(p, str) else json.dumps(p, sort_keys=True, default=str) for p in parts)
     return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]
 
+# %% ../nbs/06a_store.ipynb #bytes-hash
+def _bytes_hash(
+    named: tuple,  # (name, tensor)
+) -> bytes:  # 32
+    "Hash of a tensor's name, shape, type and bytes."
+    import torch
+    name, x = named
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
+    x = x.dequantize() if hasattr(type(x), "__tensor_flatten__") else x  # made of several, as torchao keeps few bits
+    found = hashlib.blake2b(f"{name} {tuple(x.shape)} {x.dtype}".encode(), digest_size=32)
+    data = x.detach().cpu().contiguous().reshape(-1)
+    found.update(data.view(torch.uint8).numpy())
+    return found.digest()
+
 def _digest(
     named,  # (name, tensor) pairs
 ) -> str:  # hex digits
-    "Hash of names, shapes and up to 4096 spaced values of each tensor."
-    digest = hashlib.sha256()
-    for name, x in sorted(named):
-        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
-        flat = x.detach().flatten()
-        values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()
+    "Hash of names, shapes, types and all bytes of tensors."
+    named = sorted(named, key=lambda pair: pair[0])
+    if any(hasattr(x, "full_tensor") for _, x in named):  # gathered by all processes, in one order
+        return hashlib.blake2b(b"".join(map(_bytes_hash, named)), digest_size=32).hexdigest()
+    with ThreadPoolExecutor(cores()) as pool:
+        return hashlib.blake2b(b"".join(pool.map(_bytes_hash, named)), digest_size=32).hexdigest()
 
 def model_fingerprint(
     model,  # a transformers model
     processor,  # its processor
 ) -> str:  # 16 hex digits
-    """Hash of configuration, of up to 4096 spaced values of each weight and buffer, and of the processor's template and
-    image settings."""
+    "Hash of configuration, of all bytes of weights and buffers, and of the processor's template and image settings."
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     weights = _digest([*model.named_parameters(), *model.named_buffers()])
     pictures = getattr(processor, "image_processor", None)  # a tokenizer has none
@@ -498,16 +618,18 @@ def model_fingerprint(
 
 def tower_fingerprint(
     model,  # a transformers model
+    types: bool = True,  # a tower in two dtypes is two
 ) -> str:  # 16 hex digits
-    "Hash of up to 4096 spaced values of each weight that makes image features: vision tower and projector."
+    "Hash of all bytes of each weight that makes image features: vision tower and projector."
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     others = {id(p) for part in text for p in part.parameters()}
-    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+    own = [(name, p) for name, p in model.named_parameters() if id(p) not in others]
+    return _digest(own if types else [(name, p.detach().float()) for name, p in own])[:16]
 
 def weights_fingerprint(
     model,  # a transformers model
 ) -> str:  # 16 hex digits
-    "Hash of configuration and of up to 4096 spaced values of each weight, whatever its processor."
+    "Hash of configuration and of all bytes of each weight, whatever its processor."
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return short_hash(config, _digest(model.named_parameters()))
 
@@ -516,9 +638,10 @@ def processor_fingerprint(
     processor,  # a transformers processor
 ) -> str:  # 16 hex digits
     "Hash of template, tokenizer and all settings."
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
-    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
+    tokenizer, own = tokenizer_of(processor), processor.to_dict() if hasattr(processor, "to_dict") else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = tokenizer.get_vocab() if backend is None else _without(json.loads(backend.to_str()), _ASKED)
+    return short_hash(processor.chat_template or "", own, tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:

@@ -15,6 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, logging
 
 import families
+from laid_nb.attention import layers_left_out
 from laid_nb.evaluate import _end_ids, ask
 from laid_nb.haystack import Haystack, passage_haystack, picture_haystack
 from laid_nb.inputs import (
@@ -223,9 +224,11 @@ def check_generate(built):
 
 
 def check_heads(built):
-    "Spectra of every head, and how much it looks at the needle."
-    found = read_heads(built.model(), built.reads, [built.haystacks[1]], built.name)
-    assert found.needle.isfinite().all() and found.needle.max() > 0
+    "Spectra of every head, and how much it looks at the needle; the latter of layers that attend causally to all tokens."
+    found, sample = read_heads(built.model(), built.reads, [built.haystacks[1]], built.name), encode(built.reads, built.haystacks[1], [0], answers=False)
+    other = layers_left_out(built.model(), image_inputs(built.model(), sample, "student"))
+    assert found.response.isfinite().all() and found.needle.isnan().all(1).nonzero()[:, 0].tolist() == list(other) and set(other) <= set(found.left_out)
+    assert len(other) == len(found.needle) or found.needle.nan_to_num().max() > 0
 
 
 @torch.no_grad()
