@@ -179,3 +179,9 @@ def test_words_of_figures():
         axes = Figure().subplots()
         axes.plot([1], [1], label=figure_label("$a$ 🦕"))
         axes.legend().figure.canvas.draw()
+
+
+def test_the_page_on_what_was_tried_says_what_the_files_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/"docs"))
+    import trust
+    assert (ROOT/"docs/trust.md").read_text(encoding="utf-8") == trust.page(), "python docs/trust.py writes it"
