@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo inspect test bench reproduce lab docs docs-serve export clean-notebooks outputs readme wheel clean \
-        check-clean check-export check-readme check-style check-notebooks check-tests check-docs check-browser check-wheel
+        coverage fuzz check-clean check-export check-readme check-style check-notebooks check-tests check-docs check-browser check-wheel
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -137,6 +137,17 @@ check-browser: $(VENV)/.dev  ## widgets, laid inspect and the site in a real bro
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get && apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends chromium fonts-dejavu-core; } || \
 	  { echo "make check-browser: install Chromium or Chrome (Debian: apt-get install chromium fonts-dejavu-core)" >&2; exit 1; }
 	$(BIN)/python -m pytest tests/browser -q --durations=5 $(ARGS)
+
+coverage: export COVERAGE_PROCESS_START := $(CURDIR)/.coveragerc
+coverage: $(VENV)/.dev  ## lines and branches of the package that tests and notebooks run
+	@rm -f .coverage .coverage.*
+	-$(BIN)/python -m pytest tests --ignore=tests/browser -q $(ARGS)
+	-$(BIN)/python tests/check_notebooks.py
+	@$(BIN)/coverage combine -q && $(BIN)/coverage report
+
+fuzz: $(VENV)/.dev  ## hostile input for every command (an hour); ARGS="--cases 500" for less
+	$(BIN)/python tests/fuzz.py $(ARGS)
+	@$(BIN)/python docs/trust.py > /dev/null
 
 check-docs: $(VENV)/.dev
 	@echo "== site"

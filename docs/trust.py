@@ -39,7 +39,7 @@ def of_fuzz(fuzz) -> str:
     cases, failed = (sum(row[key] for row in rows.values()) for key in ("cases", "failed"))
     text = (f"**{cases:,} hostile inputs, {failed:,} not answered as they should be.** An input is files and the arguments of a command, drawn by hypothesis or made of sound ones by changing bytes. The command must end in order or with one line that names the file, the entry or the setting, "
             f"without a traceback, within {fuzz['seconds_allowed']} s of processor time and {fuzz['bytes_allowed']/1e9:.0f} GB.\n\n"
-            + table(["input", "cases", "ended in order", "refused", "not as they should", "slowest, s", "most memory, MB"],
+            + table(["input", "cases", "ended in order", "refused", "not as they should", "slowest, s of wall clock", "most memory, MB"],
                     [(name, f"{r['cases']:,}", f"{r['ended']:,}", f"{r['refused']:,}", r["failed"], r["slowest_s"], r["most_memory_mb"]) for name, r in rows.items()]))
     kinds = [f"- {name}: {entry['times']} × `{kind.replace('`', '')}`" for name, r in rows.items() for kind, entry in r["failures"].items()]
     return text + ("\nWhat was not answered as it should be:\n\n" + "\n".join(kinds) + "\n" if kinds else "")

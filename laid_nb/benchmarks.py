@@ -145,6 +145,8 @@ def _read_letters(
 ) -> list[Haystack]:  # as `read_choices`
     "Haystacks from a file of choices, each question with a list of lettered options. ValueError for more than 26."
     haystacks = read_choices(json_path, image_root)
+    if any(not q.choices for h in haystacks for q in h.questions):
+        raise ValueError(f"{json_path} has a question without choices: the field 'choices' is empty")
     if any(len(q.choices) > 26 for h in haystacks for q in h.questions):
         raise ValueError(f"{json_path} has a question with more than 26 choices: there are not as many letters")
     return [replace(h, questions=tuple(map(_lettered, h.questions))) for h in haystacks]

@@ -150,10 +150,28 @@ class CellPicture:
 # %% ../nbs/07aa_readers.ipynb #load-table
 _KINDS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 
+_TEXTS = (".csv", ".json", ".jsonl")
+
+def _check_text(path):
+    "Refuse a table that is no UTF-8, or has JSON that is no row: such a file can end the whole process."
+    first = None
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                begins = line.decode("utf-8-sig" if number == 1 else "utf-8").lstrip()[:1]
+            except UnicodeDecodeError as e:
+                raise ValueError(f"line {number} is not UTF-8 text, from its byte {e.start}") from None
+            first = first or begins
+            row = begins == "{" or first == "[" or path.suffix == ".csv" or path.suffix == ".json" and first == "{"
+            if begins and not row: raise ValueError(f"line {number} is no row {{ … }}, nor begins a list of rows")
+
 def _load(path):
     "What `datasets` makes of a folder, a file or a name on the hub."
     import datasets
     here = Path(path)
+    if here.is_file() and here.suffix in _TEXTS:
+        _check_text(here)
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what is wrong is raised too
     if any((here/name).is_file() for name in ("dataset_dict.json", "state.json")): return datasets.load_from_disk(path)
     if here.is_file() and here.suffix not in _KINDS:
         raise ValueError(f"its name ends in none of {', '.join(_KINDS)}")
@@ -188,8 +206,11 @@ def _picture(cell, picture, find):
     "One picture of a row. `cell`: a text, a struct of bytes and path, or bytes (arrow); `picture`: its `CellPicture`."
     if not cell.is_valid: raise ValueError(f"{picture}: there is no picture")
     struct = hasattr(cell, "keys")
-    if struct and cell["bytes"].is_valid: return picture
-    value = cell["path"].as_py() if struct else cell.as_py()
+    fields = set(cell.keys()) if struct else set()
+    if struct and not fields & {"bytes", "path"}:
+        raise ValueError(f"{picture}: an object with {', '.join(fields) or 'nothing'} is no picture: need bytes or a path")
+    if "bytes" in fields and cell["bytes"].is_valid: return picture
+    value = (cell["path"].as_py() if "path" in fields else None) if struct else cell.as_py()
     if isinstance(value, bytes): return picture
     if not isinstance(value, str):
         raise ValueError(f"{picture}: a {type(value).__name__} is no picture: need a path, bytes, or datasets.Image")
@@ -198,7 +219,7 @@ def _picture(cell, picture, find):
 
 def _row_pictures(cell, source, row, column, table, find):
     "The pictures of a row."
-    if not hasattr(cell, "values"): return (_picture(cell, CellPicture(source, row, column, None, table), find),)
+    if not hasattr(cell, "values") or hasattr(cell, "keys"): return (_picture(cell, CellPicture(source, row, column, None, table), find),)
     if not cell.is_valid or not len(cell): raise ValueError(f"{source}, row {row}: {column!r} has no picture")
     return tuple(_picture(c, CellPicture(source, row, column, i, table), find) for i, c in enumerate(cell))
 

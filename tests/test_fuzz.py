@@ -88,6 +88,20 @@ def test_command_lines(work, capsys, monkeypatch, line, words):
     refused(capsys, line, *words)
 
 
+@pytest.mark.parametrize("name, data, why", [
+    ("a.jsonl", b"null", "line 1 is no row"), ("a.json", b"3", "line 1 is no row"), ("a.jsonl", b'{"image": "0.png", "question": "?", "answer": "x"}\n[]', "line 2 is no row"), ("a.csv", b"image,question,answer\n0.png,\xff,yes\n", "line 2 is not UTF-8 text"),
+    ("a.jsonl", b'{"image": {"x": 1}, "question": "?", "answer": "yes"}', "no picture")])
+def test_tables_that_would_end_the_process(work, capsys, name, data, why):
+    (work/name).write_bytes(data)
+    refused(capsys, ["eval", "student", "--data", name, "--image_root", ".", "--benchmark", "table"], name, why)
+
+
+def test_letters_without_choices(work, capsys):
+    (work/"0.png").write_bytes(data_path("objects").joinpath(next(iter(sorted(p.name for p in data_path("objects").glob("*.png"))))).read_bytes())
+    (work/"a.json").write_text(json.dumps([{"images": ["0.png"], "question": "?", "choices": [], "answer": "B"}]))
+    refused(capsys, ["eval", "student", "--data", "a.json", "--image_root", ".", "--benchmark", "letters"], "a.json", "choices")
+
+
 @pytest.mark.parametrize("template, why", [
     ("{{ 'a' * 10000000000 }}", "1 GB"), ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "5 s"), ("{% if %}", "TemplateSyntaxError"),
     ("{{ messages[9].x.y }}", "UndefinedError"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"), ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError")])
@@ -165,3 +179,9 @@ def test_words_of_figures():
         axes = Figure().subplots()
         axes.plot([1], [1], label=figure_label("$a$ 🦕"))
         axes.legend().figure.canvas.draw()
+
+
+def test_the_page_on_what_was_tried_says_what_the_files_say(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT/"docs"))
+    import trust
+    assert (ROOT/"docs/trust.md").read_text(encoding="utf-8") == trust.page(), "python docs/trust.py writes it"
