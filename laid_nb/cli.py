@@ -15,7 +15,6 @@ import shlex
 import signal
 import sys
 import warnings
-from concurrent.futures import BrokenExecutor
 from contextlib import contextmanager
 from importlib import util
 from inspect import signature

@@ -486,7 +486,7 @@ def test_inspect_in_jupyterlab(work, monkeypatch):
     nbformat.validate(notebook)
     assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True, True)
     monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="JupyterLab is not installed: pip install jupyterlab"): cli.inspect(lab=True)
+    with pytest.raises(ValueError, match="JupyterLab is not installed: pip install"): cli.inspect(lab=True)
 
 
 @pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image_root",))])
