@@ -82,7 +82,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"laid {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "check", "eval", "spectra", "inspect", "anchors"])
+@pytest.mark.parametrize("command", ["demo", "train", "check", "eval", "spectra", "inspect", "anchors", "real"])
 def test_every_command_has_help(command, capsys):
     ok([command, "--help"])
     assert "--out" in capsys.readouterr().out
