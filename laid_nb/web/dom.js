@@ -77,6 +77,7 @@ const READ = {
 // The array at an index of its first dimensions: part(packed, 2, 0) is packed[2, 0].
 function part(packed, ...index) {
   packed.values ??= READ[packed.type](bytesOf(packed.base64));
+  if (!index.length) return packed.values;
   let length = packed.values.length, start = 0;
   index.forEach((at, dimension) => {
     length /= packed.shape[dimension];

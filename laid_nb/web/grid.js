@@ -3,11 +3,12 @@
 const MAP = [[68, 1, 84], [72, 40, 120], [62, 74, 137], [49, 104, 142], [38, 130, 142], [31, 158, 137], [53, 183, 121],
   [109, 205, 89], [180, 222, 44], [253, 231, 37]];  // ten stops of viridis
 
-function colourOf(share) {
-  if (!Number.isFinite(share)) return "#8888";
-  const at = clip(share, 0, 1)*(MAP.length - 1), i = Math.min(Math.floor(at), MAP.length - 2), t = at - i;
+const COLOURS = Array.from({ length: 256 }, (_, n) => {
+  const at = n/255*(MAP.length - 1), i = Math.min(Math.floor(at), MAP.length - 2), t = at - i;
   return `rgb(${MAP[i].map((c, k) => Math.round(c + t*(MAP[i + 1][k] - c))).join(",")})`;
-}
+});
+
+function colourOf(share) { return Number.isFinite(share) ? COLOURS[Math.round(255*clip(share, 0, 1))] : "#8888"; }
 
 const MARGIN = { left: 34, top: 30 };
 
@@ -48,13 +49,24 @@ class Grid {
     canvas.style.width = `${width}px`;
     canvas.style.height = `${height}px`;
     const context = canvas.getContext("2d");
+    context.drawImage(this.ground(canvas, scale), 0, 0);
     context.scale(scale, scale);
-    this.paintCells(context);
-    this.paintLabels(context);
     this.frame(context, this.chosen, "#fff", "#000");
     if (this.hovered) this.frame(context, this.hovered, "#000", "#fff");
     canvas.setAttribute("aria-label", `${this.label}. Layer ${this.chosen[0]}, head ${this.chosen[1]} is chosen: `
       + `${short(this.values[this.chosen[0]*this.columns + this.chosen[1]])}. Arrow keys choose another.`);
+  }
+
+  // Cells and labels, painted anew only where they are others: what moves is the frames.
+  ground(canvas, scale) {
+    const ink = getComputedStyle(canvas).color, key = [this.size, scale, ink].join();
+    if (this.painted?.key === key && this.painted.values === this.values) return this.painted.image;
+    const image = make("canvas", { width: canvas.width, height: canvas.height }), context = image.getContext("2d");
+    context.scale(scale, scale);
+    this.paintCells(context);
+    this.paintLabels(context, ink);
+    this.painted = { key, values: this.values, image };
+    return image;
   }
 
   paintCells(context) {
@@ -67,8 +79,8 @@ class Grid {
     }
   }
 
-  paintLabels(context) {
-    context.fillStyle = getComputedStyle(this.canvas).color;
+  paintLabels(context, ink) {
+    context.fillStyle = ink;
     context.font = "11px system-ui, sans-serif";
     const every = Math.ceil(18/this.size), middle = this.size/2 - 1;
     context.textAlign = "center";

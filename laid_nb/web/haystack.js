@@ -46,7 +46,8 @@ class HaystackView {
     const unique = new Set(haystacks.map(h => h.images)).size === haystacks.length;
     if (unique) stacks.forEach((stack, i) => { stack[1] = String(haystacks[i].images); });
     this.controls.replaceChildren(
-      choice("pictures", stacks, this.get("haystack"), id => this.change({ haystack: id, question: 0, token: "best" })),
+      ...stacks.length < 2 ? [] : [choice("pictures", stacks, this.get("haystack"),
+        id => this.change({ haystack: id, question: 0, token: "best" }))],
       dropdown("question", questions.map((q, i) => [i, q.text]), this.get("question"),
         question => this.change({ question, token: "best" })),
       dropdown("layer", numbers(most(1)), this.get("layer"), layer => this.change({ layer })),
@@ -164,7 +165,7 @@ class HaystackView {
 
   drawSaid() {
     const asked = this.asked(), n = this.haystack().images;
-    this.question.replaceChildren(make("b", {}, asked.text), make("span", {}, ` It is ${asked.reply}.`));
+    this.question.replaceChildren(make("b", {}, asked.text), make("span", {}, ` The answer is ${asked.reply}.`));
     this.said.textContent = asked.readings.map((reading, i) => sentence(reading, this.looks[i], n, asked)).join(" ");
   }
 

@@ -125,7 +125,8 @@ class HeadsView {
     const maps = Object.entries(MAPS).map(([name, [title]]) => [name, title]);
     const bests = () => this.set("chosen", Object.fromEntries(this.data.models.map(e => [e.name, this.best(e)])));
     this.controls.replaceChildren(
-      choice("pictures", this.data.sizes.map(n => [n, String(n)]), this.get("images"), n => this.set("images", n)),
+      ...this.data.sizes.length < 2 ? [] : [choice("pictures", this.data.sizes.map(n => [n, String(n)]),
+        this.get("images"), n => this.set("images", n))],
       dropdown("colours", maps, this.get("map"), name => this.set("map", name)),
       choice("distance in", [["tokens", "tokens"], ["positions", "positions"]], this.get("unit"),
         unit => this.set("unit", unit)),
