@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'listed_haystack', 'listed_test', 'pretrained', 'plain_model', 'load_text', 'Row', 'Real', 'made_folder',
-           'train_row', 'perplexity', 'held_out', 'light', 'measure_row', 'read_rows', 'verdict', 'report', 'run_real']
+           'train_row', 'perplexity', 'held_out', 'light', 'measure_row', 'read_rows', 'farther', 'verdict', 'report',
+           'run_real']
 
 # %% ../nbs/12i_real.ipynb #imports
 import importlib.util
@@ -232,6 +233,12 @@ def read_rows(
             found[name] = by_size(*(read_records(p)[1] for p in there))
     return Results(found, "student", "anchor" if "anchor" in found else None)
 
+def farther(results: Results) -> dict:  # name -> (value, low, high)
+    "Accuracy over that of the student, mean over the sizes of 50 items and more, and its paired interval."
+    long = [int(n) for n in results.sizes if n >= 50]
+    others = [name for name in results.models if name != "student"] if long else []
+    return {name: results.difference(name, "student", long) for name in others}
+
 def verdict(results: Results) -> str:
     "What the table says, in a sentence."
     student = results.window("student")
@@ -240,6 +247,8 @@ def verdict(results: Results) -> str:
         if name != "student":
             said.append(f"{name}: {results.window(name)}, {results.ratio(name)} times the student's "
                         f"({results.models[name].trainings} training{'s'*(results.models[name].trainings > 1)}).")
+    for name, (value, low, high) in farther(results).items():
+        said.append(f"{name}: {100*value:+.0f} [{100*low:+.0f}, {100*high:+.0f}] points at 50 items and more.")
     return "\n".join(said)
 
 # %% ../nbs/12i_real.ipynb #write-report
@@ -263,7 +272,7 @@ def report(
         command=command, settings=asdict(real), rows={name: asdict(ROWS[name]) for name in results.models},
         read=read, runs={k: dict(seconds=run["seconds"], seed=run["seed"]) for k, run in runs.items()},
         trainings={name: a.trainings for name, a in results.models.items()}, models=numbers(results),
-        versions=versions(), hardware=hardware()))
+        farther=farther(results), versions=versions(), hardware=hardware()))
     print(f"\n{table_text(cells)}\n\n{said}\n\nPerplexity of the held-out text: "
           + ", ".join(f"{name} {r['perplexity']:.2f}" for name, r in read.items()) + f"\nwritten to {out}/")
     return results
