@@ -24,7 +24,7 @@ $(BIN)/python:
 
 $(VENV)/.demo: $(INPUTS) | $(BIN)/python
 	@echo "installing laid_nb into $(VENV): about 5 GB, a few minutes"
-	$(BIN)/python -m pip install -e '.[inspect]' -c constraints.txt
+	$(BIN)/python -m pip install -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/.dev: $(INPUTS) | $(BIN)/python

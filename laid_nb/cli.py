@@ -397,8 +397,7 @@ def train(
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", (student, teacher), stacks, tests)
     with trainer.company():
-        if args.push_to_hub:
-            trainer.push_to_hub()
+        if args.push_to_hub: trainer.push_to_hub()
         trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
@@ -638,7 +637,7 @@ def _inspect_in_lab(names, stacks, memory, out, port, browser):
     files = {short: kept_heads(models, name, short, stacks, memory) if stacks else shipped_heads(name)
              for name, short in names.items()}
     write_json(out/"inspect.ipynb", page(files))
-    serve(out/"inspect.ipynb", port, True, browser)
+    serve(out/"inspect.ipynb", port, browser)
 
 # %% ../nbs/13_cli.ipynb #inspect-run
 @command

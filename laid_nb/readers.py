@@ -208,7 +208,8 @@ def _picture(cell, picture, find):
     struct = hasattr(cell, "keys")
     fields = set(cell.keys()) if struct else set()
     if struct and not fields & {"bytes", "path"}:
-        raise ValueError(f"{picture}: an object with {', '.join(fields) or 'nothing'} is no picture: need bytes or a path")
+        held = ", ".join(fields) or "nothing"
+        raise ValueError(f"{picture}: an object with {held} is no picture: need bytes or a path")
     if "bytes" in fields and cell["bytes"].is_valid: return picture
     value = (cell["path"].as_py() if "path" in fields else None) if struct else cell.as_py()
     if isinstance(value, bytes): return picture
@@ -219,7 +220,8 @@ def _picture(cell, picture, find):
 
 def _row_pictures(cell, source, row, column, table, find):
     "The pictures of a row."
-    if not hasattr(cell, "values") or hasattr(cell, "keys"): return (_picture(cell, CellPicture(source, row, column, None, table), find),)
+    one = not hasattr(cell, "values") or hasattr(cell, "keys")
+    if one: return (_picture(cell, CellPicture(source, row, column, None, table), find),)
     if not cell.is_valid or not len(cell): raise ValueError(f"{source}, row {row}: {column!r} has no picture")
     return tuple(_picture(c, CellPicture(source, row, column, i, table), find) for i, c in enumerate(cell))
 

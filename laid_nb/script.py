@@ -294,8 +294,10 @@ def one_line(
 ) -> str:
     "An error in one line of printable characters, at most 2,000."
     said = str(error).strip()
-    if isinstance(error, ModuleNotFoundError) and error.name: said = f"{said}: {how_to_install(error.name)}"
-    if isinstance(error, MemoryError): said = said or "there is not enough memory"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        said = f"{said}: {how_to_install(error.name)}"
+    if isinstance(error, MemoryError):
+        said = said or "there is not enough memory"
     if not isinstance(error, (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError, MemoryError)):
         said = f"unexpected {type(error).__name__}: {said} (--debug shows where)"
     said = re.sub(r"\s*\n\s*", " ", said) or type(error).__name__

@@ -484,7 +484,7 @@ def test_inspect_in_jupyterlab(work, monkeypatch):
     ok(["inspect", "--lab"])
     notebook = nbformat.read("laid-inspect/inspect.ipynb", 4)
     nbformat.validate(notebook)
-    assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True, True)
+    assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True,)
     monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="JupyterLab is not installed: pip install"): cli.inspect(lab=True)
 

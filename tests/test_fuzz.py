@@ -132,7 +132,7 @@ def test_pytorch_bin_is_never_read(model, capsys):
     refused(capsys, ["eval", "model", "--pictures"], "'model'")
 
 
-@pytest.mark.parametrize("package, extra", [("voila", "laid_nb[inspect]"), ("bitsandbytes", "bitsandbytes")])
+@pytest.mark.parametrize("package, extra", [("jupyterlab", "laid_nb[inspect]"), ("bitsandbytes", "bitsandbytes")])
 def test_a_package_that_is_missing_is_said_with_its_extra(package, extra):
     assert f'pip install "{extra}"' in one_line(ModuleNotFoundError(f"No module named {package!r}", name=package))
 
