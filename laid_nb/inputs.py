@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from .folder import TensorFolder
 from .haystack import IMAGE, Haystack, Passage, Question
+from .limits import size_of_images
 from laid_nb.store import (
     model_file, processor_fingerprint, read_json, short_hash, tokenizer_of, tower_fingerprint, write_json
 )
@@ -35,6 +36,42 @@ def _check_turns(haystack, turns):
     n = len(haystack.questions)
     for t in turns:
         if not 0 <= t < n: raise ValueError(f"haystack {haystack.id!r} has no question {t}: it has {n}")
+
+# %% ../nbs/07c_inputs.ipynb #words
+@functools.lru_cache(16)
+def _specials(processor, size):  # size: of the vocabulary, a part of the key
+    "What finds a special token in a text."
+    tokenizer = tokenizer_of(processor)
+    named = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    places = [getattr(processor, name, None) for name in ("image_token", "video_token")]
+    words = {*named, *tokenizer.all_special_tokens, *(str(place) for place in places if place)}
+    return re.compile("|".join(map(re.escape, sorted(words, key=len, reverse=True))) or "(?!)")
+
+def _said_by(haystack, turn, first) -> dict[str, str]:
+    "Texts of a question, by what they are; `first`: it comes with the images, where their places are no words."
+    question, images = haystack.questions[turn], len(haystack.images)
+    places = first and question.text.count(IMAGE) == images
+    texts = {"question": question.text.replace(IMAGE, " ") if places else question.text, "answer": question.reply}
+    texts |= {f"choice {i}": choice for i, choice in enumerate(question.choices)}
+    if first:
+        texts |= {f"passage {i}": p.text for i, p in enumerate(haystack.images) if isinstance(p, Passage)}
+        texts["system turn"] = haystack.system
+    return texts
+
+def check_words(
+    processor,  # a transformers processor, or a tokenizer
+    haystack: Haystack,  # whose texts come from data
+    turns: list[int],  # which questions, in order
+) -> None:
+    "`ValueError` naming file and entry of a text that holds a special token of the tokenizer. Ours."
+    found = _specials(processor, len(tokenizer_of(processor)))
+    for n, t in enumerate(turns):
+        for what, text in _said_by(haystack, t, n == 0).items():
+            token = found.search(text)
+            if token:
+                where = haystack.questions[t].where or f"haystack {haystack.id!r}, question {t}"
+                raise ValueError(f"{where}: the {what} holds {token[0]!r}, which the tokenizer reads as a special "
+                                 f"token and not as words: {text!r}")
 
 # %% ../nbs/07c_inputs.ipynb #encode
 _BELOW = "\n\n"  # between passages, and before the question
@@ -253,6 +290,7 @@ def _run_processor(processor, text, haystack, size) -> dict:
     if not is_text(haystack):
         pictures = [haystack.image(i, size) for i in range(len(haystack.images))]
         given |= dict(images=[pictures], return_text_replacement_offsets=True)
+        given |= size_of_images(processor, len(pictures))
     made = dict(processor(text=[text], **given))
     offsets, replaced = made.pop("offset_mapping"), made.pop("text_replacement_offsets", None)
     made = {name: x for name, x in made.items() if name not in OURS}
@@ -378,7 +416,8 @@ def encode(
     that ends each, -100 elsewhere and where the answer is None; `replies` bool [1, tokens]: where a reply and the token
     that ends it stand, whether it is right or not; `turn` [1, tokens]: number of the turn a token belongs to, -1 up to
     the last image; `image` [1, tokens]: which image a token belongs to, -1 none. Raises ValueError when the chat
-    template rewrites earlier turns, since then replies cannot be told from the rest."""
+    template rewrites earlier turns, as replies cannot be told from the rest then, and for special tokens in a text."""
+    check_words(processor, haystack, turns)
     family, chat = family_of(processor), messages(haystack, turns, answers, size, prompt)
     first = render(processor, chat[:1 + bool(haystack.system)], True)
     inputs = _run_processor(processor, first, haystack, size)
@@ -492,6 +531,40 @@ def _replace_pixels(sample, models) -> dict:
     pixels = {name for model in models.values() for name in family_of(model).pixels}
     return {name: x for name, x in sample.items() if name not in pixels} | features
 
+# %% ../nbs/07c_inputs.ipynb #towers
+def _towers(models) -> dict[str, str]:
+    "Fingerprints of the towers, by the name of their features; a tower in another precision is the same."
+    return {name: tower_fingerprint(model, types=False) for name, model in models.items()}
+
+def _marked(sample, towers) -> dict:
+    "A sample whose features say which tower made them."
+    for name in towers.keys() & sample.keys():
+        sample[name].made_by = towers[name]
+    return sample
+
+def _made_by(samples, name) -> set[str]:
+    "Fingerprints of the towers that made the features of this name; samples without a mark say nothing."
+    if isinstance(samples, StoredSamples): return {x for role, x in samples.towers.items() if role == name}
+    return {s[name].made_by for s in samples if isinstance(s, dict) and hasattr(s.get(name), "made_by")}
+
+def check_towers(
+    samples,  # of `precompute`; others have no features that could be of another tower
+    student,  # a transformers model
+    teacher=None,  # a transformers model, or None
+) -> None:
+    "`ValueError` for precomputed features that another tower has made than that of the model which will read them."
+    models = {"student_features": student, "teacher_features": teacher}
+    made = {name: _made_by(samples, name) for name, model in models.items() if model is not None}
+    here = _towers({name: models[name] for name in made}) if any(made.values()) else {}
+    for name, mark in here.items():
+        others = made[name] - {mark}
+        if not others: continue
+        role = name.partition("_")[0]
+        whose = next((f": they are the {other.partition('_')[0]}'s" for other in here
+                      if other != name and here[other] in others), "")
+        raise ValueError(f"{name} were not made by this {role}'s vision tower{whose}. Its weights have changed since "
+                         "`precompute`, or it is another model: precompute them again")
+
 # %% ../nbs/07c_inputs.ipynb #precompute
 def precompute(
     haystacks: list,  # a pool that will be read several times
@@ -507,8 +580,8 @@ def precompute(
     models = {name: model for name, model in models.items() if model is not None}
     if folder is not None: return _store(haystacks, collator, models, folder, share, progress)
     bar = tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress)
-    about = {"prompt": collator.prompt}
-    return [_replace_pixels(collator.encode(h), models) | about | {"haystack": h} for h in bar]
+    about, towers = {"prompt": collator.prompt}, _towers(models)
+    return [_marked(_replace_pixels(collator.encode(h), models), towers) | about | {"haystack": h} for h in bar]
 
 # %% ../nbs/07c_inputs.ipynb #sample-key
 @functools.lru_cache(None)
@@ -536,10 +609,11 @@ class StoredSamples(torch.utils.data.Dataset):
         keys: list[str],  # of each, in the folder
         folder: TensorFolder,
         turns: int,  # questions of a haystack that are read
+        towers: dict,  # name of the features -> fingerprint of what made them
         prompt: str = "",  # text before each question
     ):
         self.haystacks, self.keys, self.folder, self.turns = list(haystacks), keys, folder, turns
-        self.prompt = prompt
+        self.towers, self.prompt = towers, prompt
 
     def __len__(self): return len(self.keys)
 
@@ -564,7 +638,7 @@ def _store(haystacks, collator, models, folder, share, progress) -> StoredSample
         if keys[i] in kept: continue
         sample = _replace_pixels(collator.encode(haystacks[i]), models)
         kept.save(keys[i], {name: x for name, x in sample.items() if torch.is_tensor(x)})
-    return StoredSamples(haystacks, keys, kept, collator.turns, collator.prompt)
+    return StoredSamples(haystacks, keys, kept, collator.turns, _towers(models), collator.prompt)
 
 # %% ../nbs/07c_inputs.ipynb #to-model
 def to_model(
@@ -690,7 +764,8 @@ def question_ids(
     turn: int,  # which question
     prompt: str = "",  # text before the question
 ) -> list[int]:
-    "Token ids of what follows the last image in a prompt."
+    "Token ids of what follows the last image in a prompt. ValueError for special tokens in a question."
+    check_words(processor, haystack, [turn])
     marker, tail = _split_text(processor, haystack, question_text(processor, haystack, turn, prompt))
     return _tokens_behind(tokenizer_of(processor), marker, [tail])[0]
 
@@ -718,6 +793,7 @@ def prompt_inputs(
     prompt: str = "",  # text before the question
 ) -> dict:  # `input_ids` [1, tokens] and what else the processor makes; `image`, as from `encode`; `prefix`, a number
     "A whole prompt as tensors, and how much of it is the same for every question."
+    check_words(processor, haystack, [turn])
     inputs = _run_processor(processor, question_text(processor, haystack, turn, prompt), haystack, size)
     shared = _prefix(processor, inputs, question_ids(processor, haystack, turn, prompt))
     return inputs | {"prefix": torch.tensor(shared)}

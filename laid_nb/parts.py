@@ -38,6 +38,7 @@ class Part:
     options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
     in_weights = False  # whether a stock checkpoint has it in its weights
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
+    learns = True  # whether a term that has a weight depends on it
 
     def __init__(
         self,
@@ -124,6 +125,12 @@ class MixingPart(Part):
 def sees_attention(self: MixingPart) -> bool:
     "Whether a term that has a weight compares attention."
     return any(weight and TERMS[name].sees == "attention" for name, weight in self.args.weights.items())
+
+@patch(as_prop=True)
+def learns(self: MixingPart) -> bool:
+    "Whether a term that compares heads has a weight, and there is more than one head to mix."
+    seen = any(weight and TERMS[name].sees in ("heads", "attention") for name, weight in self.args.weights.items())
+    return seen and any(p.numel() > 1 for p in self.parameters())
 
 @patch
 def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:

@@ -478,6 +478,30 @@ def _settle_generation(folder, base):
     if _without(said[0], ("transformers_version",)) == _without(said[1], ("transformers_version",)):
         shutil.copyfile(source, folder/"generation_config.json")
 
+# %% ../nbs/06a_store.ipynb #mend
+def mend_generation(
+    model,  # a transformers model, whose `generation_config` may be changed
+) -> None:
+    """Leave out what a generation config sets and does not use, so that it can be saved; a warning names it. Ours.
+    `ValueError` for a config that is wrong otherwise."""
+    config, left_out = getattr(model, "generation_config", None), {}
+    while config is not None:
+        try:
+            config.validate(strict=True)
+            break
+        except ValueError as e:
+            unused = [n for n in re.findall(r"^- `(\w+)`:", str(e), re.M) if getattr(config, n, None) is not None]
+            if not unused:
+                raise ValueError(f"the generation config of this {type(model).__name__} cannot be saved: "
+                                 f"{_first_line(e)}") from None
+        for name in unused:
+            left_out[name] = getattr(config, name)
+            setattr(config, name, None)
+    if left_out:
+        named = ", ".join(f"{name}={value}" for name, value in left_out.items())
+        warnings.warn(f"the generation config has {named}, which do_sample={config.do_sample} does not use and which "
+                      "cannot be saved: left out", stacklevel=2)
+
 # %% ../nbs/06a_store.ipynb #settle-processor
 def _older_processor(folder):
     "The files of a processor with what transformers 4 needs beside it."
@@ -508,7 +532,7 @@ def _is_from(source, folder, kind):
 
 def _settle_processor(folder, processor):
     "The files of the base's processor, unless the one to be saved is another; then both names."
-    found = {name: _base_file(processor.tokenizer.name_or_path, name) for name in _OF_PROCESSOR}
+    found = {name: _base_file(tokenizer_of(processor).name_or_path, name) for name in _OF_PROCESSOR}
     source = found["tokenizer_config.json"]
     if source and _is_from(source.parent, folder, type(processor)):
         for name in _OF_PROCESSOR:
@@ -536,6 +560,7 @@ def save_model(
     folder,  # to be made
 ):
     "A stock checkpoint, whole or not at all, as `settle_checkpoint` leaves it."
+    mend_generation(model)
     with atomic_write(folder) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)
@@ -566,7 +591,7 @@ def _bytes_hash(
     x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
     x = x.dequantize() if hasattr(type(x), "__tensor_flatten__") else x  # made of several, as torchao keeps few bits
     found = hashlib.blake2b(f"{name} {tuple(x.shape)} {x.dtype}".encode(), digest_size=32)
-    data = x.detach().cpu().contiguous().reshape(-1)
+    data = x.detach().to("cpu", copy=True).contiguous().reshape(-1)  # numpy would hold storages that FSDP frees
     found.update(data.view(torch.uint8).numpy())
     return found.digest()
 
@@ -580,6 +605,7 @@ def _digest(
     with ThreadPoolExecutor(cores()) as pool:
         return hashlib.blake2b(b"".join(pool.map(_bytes_hash, named)), digest_size=32).hexdigest()
 
+# %% ../nbs/06a_store.ipynb #model-hash
 def model_fingerprint(
     model,  # a transformers model
     processor,  # its processor
@@ -593,11 +619,13 @@ def model_fingerprint(
 
 def tower_fingerprint(
     model,  # a transformers model
+    types: bool = True,  # a tower in two dtypes is two
 ) -> str:  # 16 hex digits
     "Hash of all bytes of each weight that makes image features: vision tower and projector."
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     others = {id(p) for part in text for p in part.parameters()}
-    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+    own = [(name, p) for name, p in model.named_parameters() if id(p) not in others]
+    return _digest(own if types else [(name, p.detach().float()) for name, p in own])[:16]
 
 def weights_fingerprint(
     model,  # a transformers model

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -36,15 +37,16 @@ from laid_nb.checkpoint import (
 )
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, image_inputs, n_images, precompute, read_groups, read_positions,
-    save_prompt, to_model
+    HaystackCollator, SizeSampler, check_among, check_towers, image_inputs, n_images, precompute, read_groups,
+    read_positions, save_prompt, to_model
 )
+from .limits import limit_pixels
 from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
 from .mixing import FORMS
 from .pair import check_same_reading
-from .parts import PARTS, LoraPart, StreamPart, check_parts, make_parts
+from .parts import PARTS, GainPart, LoraPart, StreamPart, check_parts, make_parts
 from .patch import patch
 from .pictures import BadPicture
 from .recompose import Recomposed, has_unlabelled
@@ -56,9 +58,14 @@ from laid_nb.shard import (
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 
 # %% ../nbs/09b_train.ipynb #imports-keeping
+from .gain import warn_of_lost
+from laid_nb.guards import (
+    check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
+    not_finite, warn_if_swapped
+)
 from .stop import Stopped, StopRequest
 from laid_nb.store import (
-    atomic_write, lock, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
+    atomic_write, lock, mend_generation, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
     weights_fingerprint, write_json
 )
 
@@ -84,6 +91,14 @@ def _fields(options: dict) -> list[tuple]:
     return [(name, kind, _setting(default, help)) for name, (kind, default, help) in options.items()]
 
 # %% ../nbs/09b_train.ipynb #loading-settings
+@dataclass
+class _Pixels:
+    "How large pictures may be; kept with the student's processor."
+    min_pixels: int | None = _setting(None, "Pixels that an image has at least. Default: the processor's.")
+    max_pixels: int | None = _setting(None, "Pixels that an image has at most. Default: the processor's.")
+    image_budget: int | None = _setting(None, (
+        "Pixels that all images of a haystack have together at most: each of n gets an n-th. Default: no budget."))
+
 @dataclass
 class _Loading:
     "How the two models are loaded."
@@ -120,7 +135,7 @@ class _Keeping:
 
 # %% ../nbs/09b_train.ipynb #config
 @dataclass
-class LaidConfig(_own_settings(), _Loading, _Keeping, TrainingArguments):
+class LaidConfig(_own_settings(), _Loading, _Pixels, _Keeping, TrainingArguments):
     "Settings of a distillation: `transformers.TrainingArguments`, with the paper's values as defaults, and ours."
     method: Literal[METHODS] = _setting("laid", (
         "Loss terms: answers (sft), answers and the teacher's softened answers (kd), both and Eq. 7 (laid), or all of "
@@ -155,6 +170,7 @@ class LaidConfig(_own_settings(), _Loading, _Keeping, TrainingArguments):
 
     def __post_init__(self):
         check_environment(self.deepspeed, self.fsdp)
+        self.fsdp = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)  # as a flag and a file say it
         super().__post_init__()
         if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -195,6 +211,9 @@ def by_dimension(self: LaidConfig) -> bool:
     return self.aligns and (self.weights["laid"] > 0 or self.mixing_init == "ridge" or self.layers == "best")
 
 # %% ../nbs/09b_train.ipynb #config-checks
+_NUMBERS = ("learning_rate", "mixing_learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+            "max_grad_norm", "num_train_epochs", "warmup_steps")  # of a training, all finite and none negative
+
 def _check_choices(config: LaidConfig) -> None:
     "`ValueError` for a value that is not among those a setting can have."
     named = dict(method=METHODS, mixing_init=("ridge", "uniform", "random"), form=FORMS, on_bad_image=("fail", "skip"))
@@ -203,14 +222,16 @@ def _check_choices(config: LaidConfig) -> None:
             raise ValueError(f"{name} is {getattr(config, name)!r}: need one of {', '.join(allowed)}")
     numbers = {f"lambda_{name}": weight for name, weight in config.given.items()}
     numbers |= {"seed": config.seed, "data_seed": config.data_seed or 0}
+    numbers |= {name: getattr(config, name) for name in _NUMBERS}
     for key, (kind, _, _) in [option for term in TERMS.values() for option in term.options.items()]:
         value, allowed = getattr(config, key), get_args(kind)
         if allowed and value not in allowed: raise ValueError(f"{key} is {value!r}: need one of {', '.join(allowed)}")
         if not allowed:
             numbers[key] = value
     for name, value in numbers.items():
-        if not 0 <= value < math.inf: raise ValueError(f"{name} is {value}: need a number of 0 or more")
+        if not 0 <= (value or 0) < math.inf: raise ValueError(f"{name} is {value}: need a finite number of 0 or more")
 
+# %% ../nbs/09b_train.ipynb #check-config
 def check_config(config: LaidConfig) -> None:
     "`ValueError` for settings that cannot be meant together."
     check_counts(config)
@@ -251,20 +272,25 @@ def check_counts(
     "`ValueError` for a count that is no whole number over 0."
     for name in _COUNTS:
         value = getattr(config, name)
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value}: need a whole number over 0")
+        if not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} is {value}: need a whole number over 0")
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
     "adamw_torch_8bit": "bf16_stochastic_round", "adamw_torch_4bit": "bf16_stochastic_round",
     "adamw_anyprecision": "use_kahan_summation", "stable_adamw": "kahan_sum"}
 
+def rounds_safely(config: LaidConfig) -> bool:
+    "Whether the optimiser moves weights of half precision as far as it should."
+    needed = _BF16_SAFE.get(str(getattr(config.optim, "value", config.optim)))
+    return needed is not None and f"{needed}=true" in (config.optim_args or "").lower()
+
 def _check_student_dtype(config: LaidConfig) -> None:
     "`ValueError` for weights of half precision that would not move, or hardly."
     if config.student_dtype == "float32": return
     if config.student_dtype != "bfloat16":
         raise ValueError(f"student_dtype is {config.student_dtype!r}: need float32 or bfloat16")
-    needed = _BF16_SAFE.get(str(getattr(config.optim, "value", config.optim)))
-    if needed is None or f"{needed}=true" not in (config.optim_args or "").lower():
+    if not rounds_safely(config):
         ways = "; ".join(f"optim {optim} with optim_args {arg}=True" for optim, arg in _BF16_SAFE.items())
         raise ValueError("weights kept in bfloat16 stand still where a step is smaller than they can show: use "
                          f"student_dtype float32, or one of: {ways}")
@@ -305,6 +331,7 @@ def check_pair(
 ) -> None:
     "`ValueError` unless both can read the same token ids."
     if teacher is student: raise ValueError("teacher and student are the same object: load the model twice")
+    check_apart(student, teacher)
     if teacher_tokenizer is not None:
         check_same_tokens(student_tokenizer, teacher_tokenizer)
     a, b = (getattr(m.config, "image_token_id", None) for m in (student, teacher))
@@ -313,6 +340,19 @@ def check_pair(
     largest, rows = max(student_tokenizer.get_vocab().values()), teacher.get_input_embeddings().num_embeddings
     if largest >= rows: raise ValueError(f"the tokenizer has ids to {largest}, the teacher embeds only {rows}")
 
+def set_limits(args: LaidConfig, data, *processors) -> None:
+    "Set the limits of the settings in both processors. `ValueError` for samples that were encoded without them."
+    limits = {name: getattr(args, name) for name in ("min_pixels", "max_pixels", "image_budget")}
+    named = ", ".join(name for name, value in limits.items() if value is not None)
+    if not named: return
+    if not isinstance(data, Stream) and len(data) and isinstance(data[0], dict):
+        raise ValueError(f"these samples are encoded already, without {named}: limit_pixels(processor, …) comes before "
+                         "`precompute`")
+    for processor in processors:
+        if processor is not None:
+            limit_pixels(processor, **limits)
+
+# %% ../nbs/09b_train.ipynb #check-run
 def _check_run(
     args: LaidConfig,
     data,  # training set
@@ -449,6 +489,7 @@ class LaidTrainer(Trainer):
         collator = kwargs.setdefault("data_collator", HaystackCollator(processing_class))
         kwargs["data_collator"] = PictureGuard(collator, args.on_bad_image)
         train_dataset = as_stream(train_dataset)
+        set_limits(args, train_dataset, processing_class, teacher_processing_class)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         self.pair = self._describe_pair(model, processing_class, teacher_processing_class)
         _check_run(args, train_dataset, teacher, collator)
@@ -458,6 +499,7 @@ class LaidTrainer(Trainer):
             model.to(torch.bfloat16 if args.student_dtype == "bfloat16" else
                      torch.promote_types(model.dtype, torch.float32))
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
+        check_learns(model)
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
         self.begun, self.added, self.resumed = False, [], None  # resumed: the checkpoint that the run goes on from
         stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
@@ -475,8 +517,7 @@ class LaidTrainer(Trainer):
         if quantised:
             model._hf_peft_config_loaded = False  # with it, only adapters would be saved
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
-        if "use_cache" in own:
-            model.config.use_cache = own["use_cache"]
+        vars(model.config).update({name: own[name] for name in ("use_cache",) if name in own})
         self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
@@ -487,10 +528,13 @@ class LaidTrainer(Trainer):
 def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher_processor):
     "Refuses a pair that cannot be trained; puts the teacher where it is to be, and freezes the tower of the student."
     rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
+    mend_generation(model)
     if self.teacher is not None:
         check_pair(model, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
         if teacher_processor is not None:
             check_same_reading(processor, teacher_processor)
+        if has_body(self.teacher):
+            warn_if_swapped(model, self.teacher)
         place_teacher(self.teacher, args.teacher_placement, args.device)
     if self.simulates or self.simulation.thin or args.layers == "needle":
         check_among(model)
@@ -632,6 +676,59 @@ def create_scheduler(self: LaidTrainer, num_training_steps, optimizer=None):
 def more_parameters(self: LaidTrainer) -> list[nn.Parameter]:  # outside the student; whole on every process
     return [p for part in self.parts for p in part.parameters()]
 
+# %% ../nbs/09b_train.ipynb #ready
+LaidTrainer.counted = {}  # shares that the micro-batches of this step have counted for, by item
+LaidTrainer.unread = LaidTrainer.untrodden = True  # before the first micro-batch, before the end of the first step
+
+@patch
+def check_ready(self: LaidTrainer) -> None:
+    "`ValueError` or `RuntimeError` for models that have changed since the trainer was made."
+    self.unread = self.untrodden = True
+    if self.args.student_dtype == "float32":
+        check_precision(self.model, safe=False)
+    if self.teacher is not None and has_body(self.teacher):
+        check_still(self.teacher)
+
+@patch
+def check_micro_batch(self: LaidTrainer, inputs: dict) -> None:
+    "Before the first micro-batch that is trained on: its padding, and whose features the samples have."
+    if not self.unread: return
+    self.unread, teacher = False, self.teacher if has_body(self.teacher) else None
+    check_padding(inputs, tokenizer_of(self.processing_class).pad_token_id)
+    for data in (getattr(self.train_dataset, "data", self.train_dataset), self.eval_dataset):
+        if data is not None and not isinstance(data, (Stream, dict)):
+            check_towers(data, self.model, teacher)
+
+@patch
+def check_step(self: LaidTrainer) -> None:
+    "When all micro-batches of a step are read."
+    counted, self.counted, several = self.counted, {}, self.accelerator.num_processes > 1
+    first, self.untrodden = self.untrodden, False
+    divided = getattr(self, "loss_is_scaled_for_ga", None) is False or not self.model_accepts_loss_kwargs
+    if counted and divided and self.current_gradient_accumulation_steps > 1:
+        raise RuntimeError("accumulation is counted twice: each micro-batch counts by its share of the step, and "
+                           "Trainer divides by their number again (model_accepts_loss_kwargs must be True)")
+    if several and first:
+        shares = torch.tensor(list(counted.values()), dtype=torch.float64, device=self.args.device)
+        counted = dict(zip(counted, self.accelerator.reduce(shares, "mean").tolist()))
+    if first or not several:
+        check_shares(counted)
+    if first:
+        check_gradients(self.model, self.parts)
+
+# %% ../nbs/09b_train.ipynb #check-finite
+@patch
+def check_finite(self: LaidTrainer) -> None:
+    "FloatingPointError, in every process, where a weight is not finite; every process must call this."
+    parts = ((f"{part.describe()}, tensor {i}", p) for part in self.parts for i, p in enumerate(part.parameters()))
+    wrong = not_finite(chain(self.model.named_parameters(), parts))
+    flag = torch.tensor(float(wrong is not None), device=self.args.device)
+    several = self.accelerator.num_processes > 1
+    if not (self.accelerator.reduce(flag, "sum") if several else flag): return
+    raise FloatingPointError(f"{wrong or 'a weight in another process'} is not finite after step "
+                             f"{self.state.global_step}: nothing is saved of it. Go on from the last checkpoint, with "
+                             "a smaller learning_rate")
+
 # %% ../nbs/09b_train.ipynb #train-run
 @patch
 def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
@@ -640,6 +737,7 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
         raise RuntimeError(part.again)
     with self.company(), self.alone():
         self.settle_start(resume_from_checkpoint)
+        self.check_ready()
         try:
             result = super(LaidTrainer, self).train(self.resumed, **kwargs)
         except BadPicture:
@@ -651,12 +749,15 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
 
 @patch
 def finish(self: LaidTrainer) -> None:
-    "After the last step: parts that can be are put into the student."
+    "After the last step: parts that can be are put into the student. FloatingPointError for a broken one."
+    self.check_finite()
     parts = [part for part in self.parts if part.in_weights]
     own = full_state(self.model) if parts else {}
     for part in reversed(parts if own else []):
         own = part.stock(own)
     for part in self.parts:
+        if isinstance(part, GainPart):
+            warn_of_lost(part.gains, self.given_dtype)
         part.finish()
     if is_quantised(self.model):
         self.model.dequantize(self.given_dtype)  # few bits could not hold what was learnt
@@ -665,6 +766,7 @@ def finish(self: LaidTrainer) -> None:
     self.spent = [part for part in self.parts if part.again]
     self.parts = [part for part in self.parts if not part.again]
 
+# %% ../nbs/09b_train.ipynb #train-company
 @patch
 @contextmanager
 def company(self: LaidTrainer):
@@ -706,12 +808,15 @@ def training_step(self: LaidTrainer, model, inputs, num_items_in_batch=None):
     if first:
         for p in more:
             p.grad = None
+    self.check_micro_batch(inputs)
     with self.captured():
         loss = super(LaidTrainer, self).training_step(model, inputs, num_items_in_batch)
     if self.accelerator.sync_gradients and self.accelerator.num_processes > 1:
         for p in more:
             if p.grad is not None:
                 p.grad = self.accelerator.reduce(p.grad, "mean")
+    if self.accelerator.sync_gradients:
+        self.check_step()
     return loss
 
 # %% ../nbs/09b_train.ipynb #step-items
@@ -782,10 +887,11 @@ def read_teacher(
 @patch
 def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Tensor) -> dict[str, torch.Tensor]:
     "A forward pass of the teacher, as for `read_teacher`."
-    self.caches[1].bias = bias
+    check_still(self.teacher)
+    self.caches[1].bias, given = bias, image_inputs(self.teacher, inputs, "teacher")
+    check_mask(given, inputs, self.teacher)
     with torch.no_grad(), self.accelerator.autocast():
-        inputs = image_inputs(self.teacher, inputs, "teacher")
-        logits = self.teacher(**inputs, **to_model(self.teacher, how)).logits
+        logits = self.teacher(**given, **to_model(self.teacher, how)).logits
     said = {"logits": logits.to(rows.device)[rows[:, how["logits_to_keep"]]]}
     for part in self.parts:
         said |= part.heard()
@@ -803,8 +909,9 @@ def evidence(
     keep = rows.any(0).nonzero()[:, 0]  # columns in which any sample replies
     position_ids, bias, target_bias = self.reading(inputs)
     how = dict(position_ids=position_ids, logits_to_keep=keep, use_cache=False)
-    self.caches[0].bias = bias
-    outputs = model(**image_inputs(self.model, inputs, "student"), **how)
+    self.caches[0].bias, given = bias, image_inputs(self.model, inputs, "student")
+    check_mask(given, inputs, self.model)
+    outputs = model(**given, **how)
     found = Evidence(
         self.args, self.simulation.level(self.progress),
         logits=outputs.logits[rows[:, keep]],  # [tokens of replies, vocabulary]
@@ -844,6 +951,8 @@ def compute_loss(self: LaidTrainer, model, inputs, return_outputs=False, num_ite
     shares = self.shares(inputs, num_items_in_batch)
     terms = {name: shares[TERMS[name].per]*term for name, term in terms.items()}
     loss = total_loss(terms, self.args.weights)
+    if self.model.training and num_items_in_batch is not None:
+        self.counted = {name: self.counted.get(name, 0) + share for name, share in shares.items()}
     if self.model.training:
         for name, term in terms.items():
             self.sums[f"loss_{name}"] = self.sums.get(f"loss_{name}", 0) + term.detach()
@@ -871,6 +980,7 @@ def log(self: LaidTrainer, logs, start_time=None):
 @patch
 def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
     "A stock checkpoint of student and processor, every part put into its weights; beside it the file of each part."
+    self.check_finite()
     folder, own, files = Path(output_dir or self.args.output_dir), full_state(self.model), {}
     if self.args.should_save:
         for part in reversed(self.parts):
@@ -887,7 +997,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
     if self.args.push_to_hub and not _internal_call:
-        self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        self.push_to_hub(commit_message="Model save", folder=folder)
 
 @patch
 def save_student(
@@ -895,7 +1005,13 @@ def save_student(
     folder,  # to be made
     base: str = "",  # name of the model that adapters are for, where `save_adapter` asks for those alone
 ) -> None:
-    "What came of the training, whole or not at all; every process must call this."
+    """What came of the training, whole or not at all; every process must call this. RuntimeError while a part is not in
+    the weights."""
+    unfinished = [part.describe() for part in self.parts if part.in_weights]
+    if unfinished:
+        raise RuntimeError(f"{' and '.join(unfinished)} would be missing from the student: it is put into the weights "
+                           "when train() ends. save_model saves a student that is not trained to the end")
+    self.check_finite()
     own = full_state(self.model)
     if not self.args.should_save: return
     with atomic_write(folder) as part:
@@ -910,6 +1026,24 @@ def save_student(
         settle_checkpoint(part, self.model, self.processing_class)
         save_prompt(part, self.processing_class, self.data_collator.prompt)
         _write_dtype(part, self.given_dtype)
+
+# %% ../nbs/09b_train.ipynb #push
+@patch
+def push_to_hub(
+    self: LaidTrainer, commit_message="End of training", blocking=True, token=None, revision=None, private=None,
+    folder=None,  # of a saved student; None: OUTPUT_DIR/model, which is saved if it is not there
+):
+    "Upload a saved student to `hub_model_id`; every process must call this."
+    folder, token = Path(folder or Path(self.args.output_dir)/"model"), token or self.args.hub_token
+    if not folder.exists():
+        self.save_student(folder)
+    if not self.is_world_process_zero(): return None
+    if self.hub_model_id is None:
+        self.init_hf_repo(token=token, private=private)
+    self._finish_current_push()
+    return HfApi().upload_folder(
+        repo_id=self.hub_model_id, folder_path=str(folder), commit_message=commit_message, token=token,
+        revision=revision or self.args.hub_revision, run_as_future=not blocking)
 
 # %% ../nbs/09b_train.ipynb #save-dtype
 def _write_dtype(

@@ -82,7 +82,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"laid {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "spectra", "inspect", "anchors"])
+@pytest.mark.parametrize("command", ["demo", "train", "check", "eval", "spectra", "inspect", "anchors", "real"])
 def test_every_command_has_help(command, capsys):
     ok([command, "--help"])
     assert "--out" in capsys.readouterr().out
@@ -402,7 +402,7 @@ def test_model_without_rope(pair, work, capsys, tmp_path_factory, processor):
 def test_nan_in_a_loss(pair, work, capsys, tmp_path_factory, processor):
     folder = tmp_path_factory.mktemp("nan")
     tiny(folder/"student", processor, "student", 2, 2, break_it=lambda model: model.lm_head.weight.data.fill_(float("nan")))
-    refused(capsys, work, train_line(pair/"teacher", folder/"student", "--output_dir", "run"), "'sft' is nan")
+    refused(capsys, work, train_line(pair/"teacher", folder/"student", "--output_dir", "run"), "lm_head.weight of the student is not finite")
     refused(capsys, work, ["eval", folder/"student", "--pictures", "--sizes", "1", "--questions", "1"], "not finite")
 
 

@@ -325,10 +325,10 @@ def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
     student = Qwen2_5_VLForConditionalGeneration(config).eval()
     tokens = max(HaystackCollator(processor)([h])["input_ids"].shape[1] for h in haystacks)
     assert tokens > 64
-    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, method="laid+").train()
-    trainer(student, method="laid+", lambda_attention=0.).train(), trainer(student, method="laid+", layers="0:0").train()
+    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, data="pixels", method="laid+").train()
+    trainer(student, data="pixels", method="laid+", lambda_attention=0.).train(), trainer(student, data="pixels", method="laid+", layers="0:0").train()
     config.text_config.sliding_window = tokens
-    trainer(Qwen2_5_VLForConditionalGeneration(config), method="laid+").train()  # up to its window a layer attends to all
+    trainer(Qwen2_5_VLForConditionalGeneration(config), data="pixels", method="laid+").train()  # up to its window a layer attends to all
 
 
 def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
