@@ -1,5 +1,6 @@
 """What ends the window of a real student: haystacks of text whose number of items and positions are set apart, sharper
-logits, and where each head looks. Reads the models that `laid real` made; writes data/results/real.json.
+logits, and where each head looks. Reads the models that `laid real` made; writes data/results/real.json. What was read
+is kept in the folder's `why`, and not read again.
 
   laid real --out laid-real --seeds 0
   python experiments/real.py laid-real
@@ -19,7 +20,7 @@ from laid_nb.accuracy import Answers, interval, redraws
 from laid_nb.capture import Cache, capture
 from laid_nb.inputs import prompt_inputs, question_ids
 from laid_nb.real import ROWS, light, listed_test, load_text, made_folder
-from laid_nb.store import read_json
+from laid_nb.store import read_json, write_json
 
 SIZES = (20, 50, 100)
 SHARPER = (1.25, 1.5)
@@ -121,14 +122,16 @@ def redrawn(right: np.ndarray) -> np.ndarray:  # [samples] accuracy on each redr
     return redraws(Answers(np.array([0]), [sums[None]], [np.full(len(sums), 12)]))[:, 0]
 
 
-def share_of(right: dict) -> dict:  # name -> {"value", "interval"}
-    "What the fall from few to many items is made of; each share is the mean of the two ways to go."
+def share_of(cells: dict) -> dict:  # name -> {"value", "interval"}
+    """What the fall from few to many items is made of: first farther, then more; and what squeezing many does. `cells`:
+    name -> "1101…"."""
     a, b, c, d = (f"{x} over {y}" for x in (SIZES[0], SIZES[-1]) for y in (SIZES[0], SIZES[-1]))
-    terms = dict(fall={a: 1, d: -1}, position={a: .5, b: -.5, c: .5, d: -.5}, count={a: .5, c: -.5, b: .5, d: -.5})
-    drawn = {cell: redrawn(x.numpy().astype(int)) for cell, x in right.items()}
+    terms = dict(fall={a: 1, d: -1}, position={a: 1, b: -1}, count={b: 1, d: -1}, squeezed={c: 1, d: -1})
+    right = {cell: np.array([int(x) for x in found]) for cell, found in cells.items()}
+    drawn, means = ({cell: f(x) for cell, x in right.items()} for f in (redrawn, np.mean))
     total = lambda of, weights: sum(w*of[cell] for cell, w in weights.items())
-    means = {cell: x.float().mean().item() for cell, x in right.items()}
-    return {name: dict(value=round(total(means, w), 4), interval=[round(x, 4) for x in interval(total(drawn, w))])
+    ends = {name: interval(total(drawn, w)) for name, w in terms.items()}
+    return {name: dict(value=round(float(total(means, w)), 4), interval=[round(x, 4) for x in ends[name]])
             for name, w in terms.items()}
 
 
@@ -136,13 +139,13 @@ def bits(right: dict) -> dict: return {cell: "".join("01"[int(x)] for x in found
 
 
 def of_model(folder: Path, asked: int, sharper: tuple) -> dict:
-    "Cells, shares, needle attention by layer and head, and cells with sharper logits."
+    "Cells, needle attention by layer and head, and cells with sharper logits."
     model, tokenizer = load_text(folder)
     prompts = [prompt(tokenizer, h) for h in listed_test([SIZES[-1]], asked, seed=5)]
     model = light(model)
     ends = SIZES if sharper else (SIZES[0], SIZES[-1])
     right, seen = measure(model, prompts, [(a, b) for a in ends for b in ends], True)
-    found = dict(cells=bits(right), parts=share_of(right), looks={k: v.tolist() for k, v in seen.items()}, sharper={})
+    found = dict(cells=bits(right), looks={k: v.tolist() for k, v in seen.items()}, sharper={})
     before = 1.
     for factor in sharper:
         sharpen(model, factor/before)
@@ -160,7 +163,11 @@ def main():
     for name in args.rows:
         made = made_folder(args.folder, name, 0)
         if not made.exists(): continue
-        models[name] = of_model(made, args.questions, SHARPER if name == "student" else ())
+        kept = args.folder/"why"/f"{made.name}-{args.questions}.json"
+        if not kept.exists():
+            write_json(kept, of_model(made, args.questions, SHARPER if name == "student" else ()))
+        models[name] = read_json(kept)
+        models[name]["parts"] = share_of(models[name]["cells"])
         log(f"{name}: {models[name]['parts']} ({time.time() - start:.0f} s)")
     results = read_json(args.folder/"results.json")
     write("real", dict(laid_real=results, seed=5, sizes=SIZES, questions=args.questions, why=models), start)
