@@ -605,7 +605,7 @@ def _write_response(
 # %% ../nbs/13_cli.ipynb #inspect-lab
 def _inspect_in_lab(names, stacks, memory, out, port, browser):
     "The heads in JupyterLab, in a notebook that can be changed."
-    if not util.find_spec("jupyterlab"): 
+    if not util.find_spec("jupyterlab"):
         raise ValueError(f"JupyterLab is not installed: {how_to_install('jupyterlab')}")
     from laid_nb.explore import KnownModels, kept_heads
     from laid_nb.serve import free_port, page, serve, shipped_heads

@@ -11,7 +11,6 @@ import argparse
 import atexit
 import errno
 import hashlib
-import json
 import os
 import random
 import resource
