@@ -44,6 +44,8 @@ class Case:
     teacher: object = None  # a transformers model; None, or method sft: there is none
     teacher_processor: object = None  # its processor, or None: it is the student's
     simulation: WindowSimulation | None = None
+    tests: list = ()  # haystacks that the student is asked about while it learns
+    prompt: str = ""  # text before each question
     counted: int = 64  # haystacks whose tokens are counted, where there are more
     made: dict = field(default_factory=dict)  # what checks share, by name
 
@@ -60,7 +62,7 @@ class Case:
         return {role: model for role, model in both.items() if model is not None}
 
     @property
-    def turns(self) -> int: return HaystackCollator(self.processor).turns  # questions of a haystack that are read
+    def collator(self) -> HaystackCollator: return HaystackCollator(self.processor, prompt=self.prompt)
 
 # %% ../nbs/09f_check.ipynb #table
 class Faults(ValueError):
@@ -136,22 +138,23 @@ def refuse_faults(
 
 # %% ../nbs/09f_check.ipynb #data
 def _pictures(case: Case) -> str:
-    bad, files = check_pictures(case.haystacks, progress=False), pictures_of(case.haystacks)
+    every = [*case.haystacks, *case.tests]
+    bad, files = check_pictures(every, progress=False), pictures_of(every)
     if bad: raise Faults(*(f"{file}: {wrong}" for file, wrong in bad))
-    drawn = sum(len(h.images) for h in case.haystacks)
+    drawn = sum(len(h.images) for h in every)
     return f"{len(files):,} pictures opened and decoded" if files else f"none in files; {drawn:,} are drawn"
 
 CHECKS["pictures"] = Check("every picture can be opened and decoded", _pictures, quick=False)  # train: before it loads
 
 def _words(case: Case) -> str:
     wrong = []
-    for haystack in case.haystacks:
+    for haystack in (*case.haystacks, *case.tests):
         try:
-            check_words(case.processor, haystack, range(min(case.turns, len(haystack.questions))))
+            check_words(case.processor, haystack, range(min(case.collator.turns, len(haystack.questions))))
         except ValueError as e:
             wrong.append(str(e))
     if wrong: raise Faults(*wrong)
-    return f"no special token in the texts of {len(case.haystacks):,} haystacks"
+    return f"no special token in the texts of {len(case.haystacks) + len(case.tests):,} haystacks"
 
 CHECKS["words"] = Check("no text of the data holds a special token", _words)
 
@@ -170,7 +173,7 @@ def _some(case: Case) -> list:
     return order[:n//2] + rest[::math.ceil(len(rest)/(n - n//2))]
 
 def _tokens(case: Case) -> str:
-    collator, some = HaystackCollator(case.processor), _some(case)
+    collator, some = case.collator, _some(case)
     counts = [(collator.encode(h)["input_ids"].shape[1], h) for h in some]
     most, longest = max(counts, key=lambda pair: pair[0])
     contexts = {role: context_of(model) for role, model in case.models.items()}
@@ -255,7 +258,8 @@ class _Watch(TrainerCallback):
 
     def on_pre_optimizer_step(self, *args, **kwargs):
         if self.before is None:
-            self.before = {name: (_spaced(p), _spaced(p.grad)) for name, p in self.every().items() if p.grad is not None}
+            learnt = {name: p for name, p in self.every().items() if p.grad is not None}
+            self.before = {name: (_spaced(p), _spaced(p.grad)) for name, p in learnt.items()}
 
     def on_optimizer_step(self, *args, **kwargs):
         if self.moved: return
@@ -273,7 +277,8 @@ class _Watch(TrainerCallback):
 
     def read(self) -> torch.Tensor:
         "Logits of the student, with its parts around it."
-        with self.trainer.captured(): return _logits(self.trainer.model, self.batch, self.trainer)
+        with self.trainer.captured():
+            return _logits(self.trainer.model, self.batch, self.trainer)
 
 # %% ../nbs/09f_check.ipynb #trial-make
 @torch.no_grad()
@@ -290,8 +295,8 @@ def trial_settings(self: Case, folder: Path) -> LaidConfig:
     "Those of the run, for two steps in a folder."
     args, several = copy.copy(self.args), min(2, self.args.gradient_accumulation_steps)
     changed = dict(
-        output_dir=str(folder), max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=None, logging_steps=1,
-        warmup_steps=0, eval_strategy="no", report_to=[], disable_tqdm=True, push_to_hub=False, recompose=0.0,
+        output_dir=str(folder), max_steps=2, save_strategy="steps", save_steps=1, save_total_limit=None,
+        logging_steps=1, warmup_steps=0, eval_strategy="no", report_to=[], disable_tqdm=True, push_to_hub=False, recompose=0.0,
         resume_from_checkpoint=None, load_best_model_at_end=False, gradient_accumulation_steps=several,
         dataloader_num_workers=0, feature_cache=None, teacher_cache=None)
     if self.checkpoint > _LARGE:
@@ -311,7 +316,8 @@ def new_trainer(self: Case, folder: Path) -> _Trial:
     "A trainer of the trial."
     args = self.trial_settings(folder)
     some = self.by_size[:2*args.per_device_train_batch_size*args.gradient_accumulation_steps]
-    trainer = _Trial(self.student, args, some, self.processor, self.teacher, self.teacher_processor, self.simulation)
+    pair = self.teacher, self.teacher_processor
+    trainer = _Trial(self.student, args, some, self.processor, *pair, self.simulation, data_collator=self.collator)
     trainer.remove_callback(PrinterCallback)
     trainer.watch = _Watch(trainer, self.batch(trainer))
     trainer.add_callback(trainer.watch)
@@ -320,7 +326,7 @@ def new_trainer(self: Case, folder: Path) -> _Trial:
 @patch
 def batch(self: Case, trainer) -> dict:
     "The largest and the smallest haystack as a batch, on the device."
-    return trainer._prepare_inputs(HaystackCollator(self.processor)([self.by_size[0], self.by_size[-1]]))
+    return trainer._prepare_inputs(self.collator([self.by_size[0], self.by_size[-1]]))
 
 # %% ../nbs/09f_check.ipynb #trial-keep
 @patch(as_prop=True)
@@ -329,6 +335,8 @@ def trainer(self: Case) -> _Trial:
     if "trainer" not in self.made:
         self.made["dtype"] = self.student.dtype
         self.made["weights"] = {name: x.detach().cpu().clone() for name, x in self.student.state_dict().items()}
+        configs = {id(m.config): m.config for m in self.student.modules() if hasattr(m, "config")}
+        self.made["configs"] = [(config, dict(vars(config))) for config in configs.values()]
         near = Path(self.args.output_dir).absolute().parent
         near.mkdir(parents=True, exist_ok=True)
         self.made["folder"] = tempfile.TemporaryDirectory(dir=near, prefix=".laid-check-")
@@ -350,6 +358,9 @@ def put_back(self: Case) -> None:
     "The student as it was given."
     vars(self.student).pop("peft_config", None)  # adapters that are merged by now
     self.student.to(self.made["dtype"]).load_state_dict(self.made["weights"])
+    for config, own in self.made["configs"]:  # saving writes into them
+        vars(config).clear()
+        vars(config).update(own)
 
 # %% ../nbs/09f_check.ipynb #attention-check
 def _pair(case: Case) -> str:
@@ -365,7 +376,8 @@ def _attention(case: Case) -> str:
     part = case.trainer.part(MixingPart)
     if part is None: return "no term compares layers"
     layers = ", ".join(f"{s}:{t}" for s, t in part.pairs)
-    if not part.sees_attention: return f"layers {layers} (student:teacher) are aligned; no term compares their attention"
+    if not part.sees_attention:
+        return f"layers {layers} (student:teacher) are aligned; no term compares their attention"
     far = f"up to {part.reach:,} tokens" if part.reach else "at any length"
     return f"layers {layers} (student:teacher) attend causally with plain logits, {far}"
 
@@ -407,7 +419,7 @@ CHECKS["mask"] = Check("the mask reaches every layer and hides padding", _mask, 
 def losses(self: Case, haystacks: list, items=None) -> dict[str, float]:
     "Every term over some haystacks as one batch, times what it counts for; in evaluation mode."
     trainer = self.trainer
-    inputs = trainer._prepare_inputs(HaystackCollator(self.processor)(haystacks))
+    inputs = trainer._prepare_inputs(self.collator(haystacks))
     was, shares = trainer.model.training, trainer.shares(inputs, items)
     trainer.model.eval()
     with torch.no_grad(), trainer.captured(), trainer.accelerator.autocast():
@@ -421,7 +433,7 @@ def tolerance(self: Case) -> float:  # relative, of two ways to one number
 
 def _padding(case: Case) -> str:
     two = [case.by_size[0], case.by_size[-1]]
-    whole = HaystackCollator(case.processor)(two)
+    whole = case.collator(two)
     items = count_items([whole]).to(case.args.device)
     together, alone = case.losses(two, items), [case.losses([h], items) for h in two]
     for name, value in together.items():
@@ -432,7 +444,8 @@ def _padding(case: Case) -> str:
     pads = int((whole["attention_mask"] == 0).sum())
     return f"{', '.join(together)}: the same for two haystacks in a batch with {pads} padding tokens and one by one"
 
-CHECKS["padding"] = Check("padding is not counted, and micro-batches count once", _padding, quick=False, needs=("mask",))
+CHECKS["padding"] = Check("padding is not counted, and micro-batches count once", _padding, quick=False,
+                          needs=("mask",))
 
 # %% ../nbs/09f_check.ipynb #teacher-check
 def _teacher(case: Case) -> str:
@@ -493,8 +506,8 @@ def _step(case: Case) -> str:
     exact = min(rates) > 0 and trainer.args.student_dtype == "float32"
     if still and exact or watch.moved and len(still) == len(watch.moved):
         dtype = str(watch.before[still[0]][0].dtype).removeprefix("torch.")
-        raise RuntimeError(f"{len(still)} of {len(watch.moved)} trained tensors did not move in the first step, such as "
-                           f"{still[0]} ({dtype}): the step is smaller than they can show")
+        raise RuntimeError(f"{len(still)} of {len(watch.moved)} trained tensors did not move in the first step, such "
+                           f"as {still[0]} ({dtype}): the step is smaller than they can show")
     loss = next(log["loss"] for log in trainer.state.log_history if "loss" in log)
     mean = sum(watch.moved.values())/max(1, len(watch.moved))
     parts = "; ".join(part.describe() for part in (*trainer.parts, *trainer.spent))
@@ -555,14 +568,15 @@ def _resume(case: Case) -> str:
                          f"where the whole one ends, which moved {moved:.2g}")
     return f"two steps, and one resumed for the second, agree {f'to {apart:.1g}' if apart else 'to the bit'}"
 
-CHECKS["resume"] = Check("a stopped training goes on to the same weights", _resume, quick=False, needs=("step", "reload"))
+CHECKS["resume"] = Check("a stopped training goes on to the same weights", _resume, quick=False,
+                         needs=("step", "reload"))
 
 # %% ../nbs/09f_check.ipynb #answers-check
 def _answers(case: Case) -> str:
     if case.teacher is None: return "no teacher"
     asked = next((h for h in case.by_size[::-1] if all(q.choices for q in h.questions)), None)
     if asked is None: return "the questions have no choices"
-    scores, _ = ask(case.teacher, case.processor, asked)
+    scores, _ = ask(case.teacher, case.processor, asked, prompt=case.prompt)
     mass = scores.exp().sum(-1).mean().item()
     choices = ", ".join(asked.questions[0].choices)
     if mass < LOW_MASS:

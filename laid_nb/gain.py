@@ -227,8 +227,8 @@ def warn_of_lost(gains, dtype: torch.dtype) -> None:
     learnt, none, few = lost_gains(gains, dtype)
     if not none + few: return
     kind = str(dtype).removeprefix("torch.")
-    warnings.warn(f"of {learnt} gains that differ from 1, {none} change no {kind} weight and {few} only some, since they "
-                  f"are within {torch.finfo(dtype).eps/2:.2g} of 1: they are lost where the student is kept in {kind}. "
+    warnings.warn(f"of {learnt} gains that differ from 1, {none} change no {kind} weight and {few} only some, since "
+                  f"they are within {torch.finfo(dtype).eps/2:.2g} of 1: lost where the student is kept in {kind}. "
                   "A student that was given in float32 keeps them", stacklevel=3)
 
 # %% ../nbs/05_gain.ipynb #write

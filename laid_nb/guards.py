@@ -20,8 +20,8 @@ def warn_if_swapped(
     "Warn of a teacher with fewer parameters than its student (ours)."
     own, other = student.num_parameters(), teacher.num_parameters()
     if other < own:
-        warnings.warn(f"the teacher has {other:,} parameters and the student {own:,}: are they given in the wrong order?",
-                      stacklevel=3)
+        warnings.warn(f"the teacher has {other:,} parameters and the student {own:,}: "
+                      "are they given in the wrong order?", stacklevel=3)
 
 def check_apart(
     student,  # a transformers model
@@ -99,7 +99,7 @@ def check_mask(
 ) -> None:
     "`ValueError` where the mask of a batch does not reach the model."
     mask, real = given.get("attention_mask"), batch["attention_mask"]
-    if mask is real or mask is not None and torch.equal(mask, real): return
+    if mask is real or mask is not None and torch.equal(mask, real.to(mask.device)): return
     raise ValueError(f"the attention_mask of the batch does not reach {type(model).__name__}: padding would be read. "
                      f"Its row in FAMILIES (model type {model.config.model_type!r}) must have it beside the embeddings")
 

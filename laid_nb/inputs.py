@@ -416,7 +416,7 @@ def encode(
     that ends each, -100 elsewhere and where the answer is None; `replies` bool [1, tokens]: where a reply and the token
     that ends it stand, whether it is right or not; `turn` [1, tokens]: number of the turn a token belongs to, -1 up to
     the last image; `image` [1, tokens]: which image a token belongs to, -1 none. Raises ValueError when the chat
-    template rewrites earlier turns, since then replies cannot be told from the rest, and for special tokens in a text."""
+    template rewrites earlier turns, as replies cannot be told from the rest then, and for special tokens in a text."""
     check_words(processor, haystack, turns)
     family, chat = family_of(processor), messages(haystack, turns, answers, size, prompt)
     first = render(processor, chat[:1 + bool(haystack.system)], True)

@@ -42,7 +42,7 @@ def limit_pixels(
     max_pixels: int | None = None,  # of an image at most; None: as it is
     image_budget: int | None = None,  # of all images of a haystack together; None: as it is
 ) -> None:
-    "Limit the pixels of images. `ValueError` for a processor without such limits, and for numbers that do not fit. Ours."
+    "Limit the pixels of images (ours). `ValueError` for a processor without such limits, or numbers that do not fit."
     if min_pixels is max_pixels is image_budget is None: return
     for name, value in dict(min_pixels=min_pixels, max_pixels=max_pixels, image_budget=image_budget).items():
         if value is not None and value < 1: raise ValueError(f"{name} is {value}: need a number of pixels over 0")

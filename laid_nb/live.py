@@ -305,7 +305,16 @@ def _evaluation_text(
     if not evaluations: return ""
     last, asked = evaluations[-1], _accuracies(evaluations[-1])
     text = f"; accuracy at step {last['step']}: " + ", ".join(f"{n} images {a:.0%}" for n, a in asked.items())
-    return text + (f", window {last['eval_window']:.3g}" if "eval_window" in last else "")
+    return text + _window_text(last, ", window ")
+
+def _window_text(
+    evaluation: dict,  # of a trainer's log
+    before: str,
+) -> str:
+    "The window, or its bound, behind some words; empty where only one number of images was asked."
+    if "eval_window" not in evaluation: return ""
+    window = evaluation["eval_window"]
+    return before + "≥"*(window >= max(_accuracies(evaluation))) + f"{window:.3g}"
 
 def _plot_accuracies(
     axes,  # of matplotlib
@@ -317,8 +326,8 @@ def _plot_accuracies(
     for n, colour in zip(sizes, colours):
         found = [_accuracies(h).get(n, float("nan")) for h in evaluations]
         axes.plot(steps, found, color=colour, linewidth=1.3, marker=".", markersize=4, label=f"{n}")
-    window = f"; window {evaluations[-1]['eval_window']:.3g} images" if "eval_window" in evaluations[-1] else ""
-    axes.set(ylim=(0, 1.04), xlabel="step", title="accuracy" + window)
+    axes.set(ylim=(0, 1.04), xlabel="step")
+    axes.set_title("accuracy" + _window_text(evaluations[-1], "; window in images "), fontsize=9, y=1, pad=4)
     axes.legend(title="images", title_fontsize=8, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5),
                 borderpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -591,7 +591,7 @@ def _bytes_hash(
     x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
     x = x.dequantize() if hasattr(type(x), "__tensor_flatten__") else x  # made of several, as torchao keeps few bits
     found = hashlib.blake2b(f"{name} {tuple(x.shape)} {x.dtype}".encode(), digest_size=32)
-    data = x.detach().cpu().contiguous().reshape(-1)
+    data = x.detach().to("cpu", copy=True).contiguous().reshape(-1)  # numpy would hold storages that FSDP frees
     found.update(data.view(torch.uint8).numpy())
     return found.digest()
 
@@ -605,6 +605,7 @@ def _digest(
     with ThreadPoolExecutor(cores()) as pool:
         return hashlib.blake2b(b"".join(pool.map(_bytes_hash, named)), digest_size=32).hexdigest()
 
+# %% ../nbs/06a_store.ipynb #model-hash
 def model_fingerprint(
     model,  # a transformers model
     processor,  # its processor

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
+from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -33,11 +34,6 @@ from .capture import capture
 from laid_nb.checkpoint import (
     RUN_FILE, check_same_run, checkpoints, publish_checkpoint, remove_checkpoint, remove_unfinished,
     rotate_checkpoints, start_point
-)
-from .gain import warn_of_lost
-from laid_nb.guards import (
-    check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
-    not_finite, warn_if_swapped
 )
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
@@ -62,6 +58,11 @@ from laid_nb.shard import (
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 
 # %% ../nbs/09b_train.ipynb #imports-keeping
+from .gain import warn_of_lost
+from laid_nb.guards import (
+    check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
+    not_finite, warn_if_swapped
+)
 from .stop import Stopped, StopRequest
 from laid_nb.store import (
     atomic_write, lock, mend_generation, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
@@ -169,6 +170,7 @@ class LaidConfig(_own_settings(), _Loading, _Pixels, _Keeping, TrainingArguments
 
     def __post_init__(self):
         check_environment(self.deepspeed, self.fsdp)
+        self.fsdp = {"true": True, "false": False}.get(str(self.fsdp).lower(), self.fsdp)  # as a flag and a file say it
         super().__post_init__()
         if uses_fsdp(self.fsdp):  # else every process would add up whole gradients until the step
             given = self.accelerator_config.gradient_accumulation_kwargs or {}
@@ -229,6 +231,7 @@ def _check_choices(config: LaidConfig) -> None:
     for name, value in numbers.items():
         if not 0 <= (value or 0) < math.inf: raise ValueError(f"{name} is {value}: need a finite number of 0 or more")
 
+# %% ../nbs/09b_train.ipynb #check-config
 def check_config(config: LaidConfig) -> None:
     "`ValueError` for settings that cannot be meant together."
     check_counts(config)
@@ -269,7 +272,8 @@ def check_counts(
     "`ValueError` for a count that is no whole number over 0."
     for name in _COUNTS:
         value = getattr(config, name)
-        if not (isinstance(value, int) and value > 0): raise ValueError(f"{name} is {value}: need a whole number over 0")
+        if not (isinstance(value, int) and value > 0):
+            raise ValueError(f"{name} is {value}: need a whole number over 0")
 
 # %% ../nbs/09b_train.ipynb #dtype
 _BF16_SAFE = {  # optimiser -> the argument that makes it so
@@ -348,6 +352,7 @@ def set_limits(args: LaidConfig, data, *processors) -> None:
         if processor is not None:
             limit_pixels(processor, **limits)
 
+# %% ../nbs/09b_train.ipynb #check-run
 def _check_run(
     args: LaidConfig,
     data,  # training set
@@ -488,7 +493,6 @@ class LaidTrainer(Trainer):
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
         self.pair = self._describe_pair(model, processing_class, teacher_processing_class)
         _check_run(args, train_dataset, teacher, collator)
-        mend_generation(model)
         self._check_models(model, args, processing_class, teacher_processing_class)
         self.kind, self.given_dtype = type(model), model.dtype
         if not args.lora_rank:
@@ -497,7 +501,6 @@ class LaidTrainer(Trainer):
         self.parts, self.spent = make_parts(model, self.teacher, args), []  # spent: finished, they cannot train on
         check_learns(model)
         self.caches, self.place, self.sums = (None, None), None, {}  # place: (step, micro-batch)
-        self.counted, self.unread, self.untrodden = {}, True, True  # shares of this step; no micro-batch, no step yet
         self.begun, self.added, self.resumed = False, [], None  # resumed: the checkpoint that the run goes on from
         stacks = () if isinstance(train_dataset, Stream) else getattr(train_dataset, "haystacks", train_dataset)
         self.sizes, self.stacks = [n_images(s) for s in stacks], stacks
@@ -514,8 +517,7 @@ class LaidTrainer(Trainer):
         if quantised:
             model._hf_peft_config_loaded = False  # with it, only adapters would be saved
         vars(model.config).pop("use_cache", None)  # Trainer writes False, for good: slow generation
-        if "use_cache" in own:
-            model.config.use_cache = own["use_cache"]
+        vars(model.config).update({name: own[name] for name in ("use_cache",) if name in own})
         self.add_callback(_OwnTokens(model))
         self.model_accepts_loss_kwargs = True  # the loss is that of the whole step: Trainer divides by nothing
         if self.accelerator.ddp_handler is not None:
@@ -526,6 +528,7 @@ class LaidTrainer(Trainer):
 def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher_processor):
     "Refuses a pair that cannot be trained; puts the teacher where it is to be, and freezes the tower of the student."
     rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
+    mend_generation(model)
     if self.teacher is not None:
         check_pair(model, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
         if teacher_processor is not None:
@@ -674,6 +677,9 @@ def more_parameters(self: LaidTrainer) -> list[nn.Parameter]:  # outside the stu
     return [p for part in self.parts for p in part.parameters()]
 
 # %% ../nbs/09b_train.ipynb #ready
+LaidTrainer.counted = {}  # shares that the micro-batches of this step have counted for, by item
+LaidTrainer.unread = LaidTrainer.untrodden = True  # before the first micro-batch, before the end of the first step
+
 @patch
 def check_ready(self: LaidTrainer) -> None:
     "`ValueError` or `RuntimeError` for models that have changed since the trainer was made."
@@ -734,10 +740,13 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
         self.check_ready()
         try:
             result = super(LaidTrainer, self).train(self.resumed, **kwargs)
-        except BadPicture:
+        except (BadPicture, RuntimeError) as e:
+            if not isinstance(e, BadPicture) and "DataLoader worker" not in str(e): raise
             if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
                 self.keep_trained()
-            raise
+            if isinstance(e, BadPicture): raise
+            raise ChildProcessError("a process that reads pictures has ended by itself, perhaps for want of memory; go "
+                                    f"on from the last checkpoint, with fewer dataloader_num_workers: {e}") from e
         self.finish()
     return result
 
@@ -760,18 +769,19 @@ def finish(self: LaidTrainer) -> None:
     self.spent = [part for part in self.parts if part.again]
     self.parts = [part for part in self.parts if not part.again]
 
+# %% ../nbs/09b_train.ipynb #train-company
 @patch
 @contextmanager
 def company(self: LaidTrainer):
     """What several processes do together. A process that fails says so and ends, without waiting for the others;
-    those get no answer any more, and `RuntimeError` says why."""
+    those get no answer any more, and `ConnectionError` says why."""
     try:
         yield
     except RuntimeError as e:
         if self.accelerator.num_processes == 1 or not _LOST.search(str(e)): raise
-        raise RuntimeError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer from "
-                           f"another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: what it "
-                           "says itself is the cause") from e
+        raise ConnectionError(f"process {self.args.process_index} of {self.accelerator.num_processes} got no answer "
+                              f"from another within {self.args.ddp_timeout} s (ddp_timeout), or that one has ended: "
+                              "what it says itself is the cause") from e
 
 _LOST = re.compile("[Tt]imed out|[Tt]imeout|[Cc]onnection (closed|reset)|[Bb]roken pipe|NCCL")
 
@@ -990,7 +1000,7 @@ def save_model(self: LaidTrainer, output_dir=None, _internal_call=False):
         for name, state in files.items():
             save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder/name)
     if self.args.push_to_hub and not _internal_call:
-        self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+        self.push_to_hub(commit_message="Model save", folder=folder)
 
 @patch
 def save_student(
@@ -1019,6 +1029,24 @@ def save_student(
         settle_checkpoint(part, self.model, self.processing_class)
         save_prompt(part, self.processing_class, self.data_collator.prompt)
         _write_dtype(part, self.given_dtype)
+
+# %% ../nbs/09b_train.ipynb #push
+@patch
+def push_to_hub(
+    self: LaidTrainer, commit_message="End of training", blocking=True, token=None, revision=None, private=None,
+    folder=None,  # of a saved student; None: OUTPUT_DIR/model, which is saved if it is not there
+):
+    "Upload a saved student to `hub_model_id`; every process must call this."
+    folder, token = Path(folder or Path(self.args.output_dir)/"model"), token or self.args.hub_token
+    if not folder.exists():
+        self.save_student(folder)
+    if not self.is_world_process_zero(): return None
+    if self.hub_model_id is None:
+        self.init_hf_repo(token=token, private=private)
+    self._finish_current_push()
+    return HfApi().upload_folder(
+        repo_id=self.hub_model_id, folder_path=str(folder), commit_message=commit_message, token=token,
+        revision=revision or self.args.hub_revision, run_as_future=not blocking)
 
 # %% ../nbs/09b_train.ipynb #save-dtype
 def _write_dtype(
@@ -1096,7 +1124,7 @@ def describe_run(self: LaidTrainer) -> dict:
     if args.teacher_cache and (args.teacher_cache_heads != "all" or args.teacher_cache_bits):  # not what is computed
         settings |= {name: x for name, x in args.to_dict().items() if name.startswith("teacher_cache_")}
     read = dict(data=_describe_data(self.stacks), turns=collator.turns, size=collator.size,
-                prompt=collator.prompt)
+                prompt=getattr(collator, "prompt", ""))
     run = settings | asdict(self.simulation) | self.pair | read | {"processes": args.world_size}
     return json.loads(json.dumps(run, default=str))
 

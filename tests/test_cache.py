@@ -207,7 +207,9 @@ def test_each_wrong_key_is_refused_by_name(run, processor, haystacks, pool, tmp_
     cache = dict(teacher_cache=str(tmp_path/"cache"), method="laid", max_steps=2)
     run(**cache)
     files = sorted((tmp_path/"cache").rglob("*"))
-    with pytest.raises(ValueError, match=r"made for something else: teacher is \S+ here and \S+ there\. "): run(teacher=tiny("teacher", 9), **cache)
+    another = tiny("teacher")
+    another.lm_head.weight.data[0] += 1
+    with pytest.raises(ValueError, match=r"made for something else: teacher is \S+ here and \S+ there\. "): run(teacher=another, **cache)
     other = build_processor()
     other.image_processor.size["longest_edge"] //= 2
     with pytest.raises(ValueError, match=r"something else: processor is \S+ here and \S+ there\. "): run(reads=other, **cache)

@@ -1,7 +1,9 @@
 """The command `laid`: what each command writes, that it resumes, and that bad input is one line and exit code 2."""
 import json
+import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -106,7 +108,15 @@ def test_interrupt_is_130(monkeypatch, capsys):
     def stop(): raise KeyboardInterrupt
     monkeypatch.setitem(cli.COMMANDS, "anchors", stop)
     assert cli.main(["anchors"]) == 130
-    assert capsys.readouterr().err == "laid: stopped\n"
+    assert capsys.readouterr().err == "laid: stopped; go on with laid anchors\n"
+
+
+def test_a_signal_says_how_to_go_on(monkeypatch, capsys):
+    def stop(quick: bool = False, fresh: bool = False): os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setitem(cli.COMMANDS, "demo", stop)
+    before = signal.getsignal(signal.SIGTERM)
+    assert cli.main(["demo", "--fresh", "--quick"]) == 128 + signal.SIGTERM and signal.getsignal(signal.SIGTERM) is before
+    assert capsys.readouterr().err == "laid: stopped; go on with laid demo --quick\n"
 
 
 def test_anchors_is_called_with_both_folders(monkeypatch, work):
@@ -225,7 +235,7 @@ def test_demo_from_start_to_end_stopped_once(pair, work, small_demo, monkeypatch
     printed = capsys.readouterr().out
     assert (out/"models/sft/model.safetensors").stat().st_mtime_ns == sft
     assert all(f"[{i}/15]" in printed for i in range(1, 16)) and all(name in printed for name in demo.TRAININGS)
-    assert sorted(p.name for p in out.iterdir()) == sorted(demo._OUTPUTS)
+    assert {p.name for p in out.iterdir()} == {name.split("/")[0] for name in json.loads((out/"demo.json").read_text())["made"]} | {"demo.json"}
     results = json.loads((out/"results.json").read_text())
     assert list(results["models"]) == ["teacher", "student", *demo.TRAININGS] and results["command"].startswith("laid demo --quick") and results["hardware"]["cores"] >= 1
     for name, model in results["models"].items():

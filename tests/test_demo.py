@@ -2,7 +2,8 @@
 import pytest
 
 from laid_nb.accuracy import Results, count
-from laid_nb.demo import TRAININGS, _claim, verdict
+from laid_nb.demo import TRAININGS, _claim, _DemoRun, verdict
+from laid_nb.store import write_json
 
 
 def test_claim_resumes_refuses_and_starts_anew(tmp_path):
@@ -18,6 +19,31 @@ def test_claim_resumes_refuses_and_starts_anew(tmp_path):
     (tmp_path/"other/a.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no demo"): _claim(tmp_path/"other", {}, True)
     assert (tmp_path/"other/a.txt").exists()
+
+
+def test_a_fresh_demo_removes_what_is_listed_and_nothing_else(tmp_path):
+    out = tmp_path/"demo"
+    state = _claim(out, {"steps": 1}, False)
+    made = {"models/sft": ["a/b.safetensors", "config.json"], "models/laid": None, "table.md": [], "gone.json": []}
+    files = ["models/sft/a/b.safetensors", "models/sft/config.json", "models/laid/x/y", "table.md"]
+    mine = ["models/sft/a/notes.txt", "models/my/model.safetensors", "records/other.jsonl", "haystack.png"]
+    for name in files + mine:
+        (out/name).parent.mkdir(parents=True, exist_ok=True)
+        (out/name).touch()
+    write_json(out/"demo.json", state | {"made": made})
+    _claim(out, {"steps": 2}, True)
+    assert sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()) == sorted(mine + ["demo.json"]) and not (out/"models/laid").exists()
+    with pytest.raises(ValueError, match="haystack.png is there, and no demo made it"): _DemoRun(None, out, {}, "cpu", _claim(out, {"steps": 2}, False)).own("haystack.png")
+
+
+def test_a_list_that_points_elsewhere_or_is_none_removes_nothing(tmp_path):
+    out = tmp_path/"demo"
+    state = _claim(out, {"steps": 1}, False)
+    (tmp_path/"mine.txt").touch()
+    for wrong in (state | {"made": {"../mine.txt": []}}, {"settings": {"steps": 1}, "seconds": {}}, {"name": "x"}, [1]):
+        write_json(out/"demo.json", wrong)
+        with pytest.raises(ValueError, match="demo.json.* lists '../mine|does not list what a demo"): _claim(out, {"steps": 2}, True)
+    assert (tmp_path/"mine.txt").exists()
 
 
 def test_the_verdict_says_longer_only_where_intervals_are_apart():

@@ -23,7 +23,7 @@ from laid_nb.anchors import CHAT_TEMPLATE
 from laid_nb.evaluate import _named, answer_ids, ask, evaluate, read_answer, read_records
 from laid_nb.haystack import Haystack, Question, haystack_fingerprint, picture_haystack
 from laid_nb.inputs import messages, precompute_prompts
-from laid_nb.store import model_fingerprint
+from laid_nb.store import lock, model_fingerprint
 
 # models
 
@@ -381,6 +381,30 @@ def test_resume_with_more_haystacks(model, processor, tmp_path, asked):
     run(model, processor, STACKS[:2], tmp_path/"a.jsonl")
     asked.clear()
     assert len(run(model, processor, STACKS, tmp_path/"a.jsonl")) == 12 and len(asked) == 2
+
+
+@pytest.mark.parametrize("text", ["a text without a newline", "[1, 2]", '{"a": 1}', "[1]\n[2]", "\xff"], ids=["text", "list", "json", "lines", "bytes"])
+def test_a_file_of_somebody_else_is_left_alone(text, model, processor, tmp_path):
+    (tmp_path/"mine").write_bytes(text.encode("latin1"))
+    with pytest.raises(ValueError, match="mine is not an evaluation of laid_nb"): run(model, processor, path=tmp_path/"mine")
+    assert (tmp_path/"mine").read_bytes() == text.encode("latin1")
+
+
+def test_a_second_writer_is_refused_and_takes_nothing_away(model, processor, tmp_path):
+    path = tmp_path/"a.jsonl"
+    run(model, processor, STACKS[:2], path)
+    before = path.read_bytes()
+    with lock(path), pytest.raises(ValueError, match="another process is writing .*a.jsonl"): run(model, processor, path=path)
+    assert path.read_bytes() == before
+
+
+def test_a_record_counts_once(model, processor, tmp_path):
+    path = tmp_path/"a.jsonl"
+    records = run(model, processor, path=path)
+    header, *lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([header, *lines, *lines[3:8]]))  # as two writers left it
+    with pytest.warns(UserWarning, match="5 records twice"): assert read_records(path)[1] == records
+    with pytest.warns(UserWarning, match="5 records twice"): assert run(model, processor, path=path) == records
 
 
 def test_the_bar_shows_the_accuracy_of_all_records(model, processor, tmp_path, monkeypatch):

@@ -1,15 +1,18 @@
 "What a run needs, planned without numbers: against what PyTorch's allocator reports, and at the published shapes."
 import gc
+from pathlib import Path
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import HaystackCollator
+from laid_nb.mixing import layer_pairs, mixings
 from laid_nb.plan import CARDS, Cards, LiveBytes, Sample, advise, plan_training
+from laid_nb.rope import rope_layers, rope_spec
 from laid_nb.train import LaidConfig, LaidTrainer
 
 VISION = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])
@@ -176,3 +179,57 @@ def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_one_that_is_writte
     assert found == f"disk: {kept} checkpoints"
     weights, states = made.bytes["student: weights"], made.bytes["student: optimizer states"]
     assert made.disk[found] == pytest.approx(kept*(weights + states), rel=1e-6)
+
+
+# --- recipes --------------------------------------------------------------------
+DOCS = Path(__file__).parents[1]/"docs"
+
+
+@pytest.fixture(scope="module")
+def recipes():
+    "The generator of what lies beside the recipes, and what it would write now."
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(DOCS))
+        import recipes as made
+    return made, {recipe: made.planned(recipe) for recipe in made.recipes()}
+
+
+def test_every_recipe_fits_and_what_lies_beside_it_is_not_stale(recipes):
+    "Else: python docs/recipes.py"
+    made, planned = recipes
+    pairs = [tuple(made.command(recipe)[:2]) for recipe in planned]
+    assert len(planned) == 5 and len(set(pairs)) == 5 and sum(teacher == "self" for _, teacher in pairs) == 1
+    for recipe, (plan, said) in planned.items():
+        assert plan.fits and not plan.advice, recipe.stem
+        assert recipe.with_suffix(".txt").read_text() == said, recipe.stem
+    page = made.PAGE.read_text()
+    assert page.split(made.START)[1].split(made.END)[0] == made.table({recipe: plan for recipe, (plan, _) in planned.items()})
+
+
+def test_a_recipe_is_a_config_by_name(tmp_path):
+    from laid_nb.cli import _training_settings, _yaml_settings
+    args, simulation = _training_settings({"use_cpu": True, "output_dir": str(tmp_path)} | _yaml_settings("recipe:qwen2.5-vl-3b-from-itself-24gb"))
+    assert (args.lora_rank, args.method, simulation.thin, args.bf16) == (8, "kd", -3, True)
+    args, _ = _training_settings({"use_cpu": True, "output_dir": str(tmp_path)} | _yaml_settings("recipe:qwen2.5-vl-7b-from-32b-4x80gb"))
+    assert args.fsdp is True and args.fsdp_plugin_args["fsdp_version"] == 2 and args.teacher_placement == "shard"
+    with pytest.raises(ValueError, match="no recipe is called 'x': there are qwen2.5-vl-3b-from-32b-80gb, "): _yaml_settings("recipe:x")
+
+
+@pytest.mark.parametrize("name, parameters, text", [("Qwen2.5-VL-3B-Instruct", 3.75e9, (2048, 36, 16, 2, 128, 151936)), ("Qwen2.5-VL-7B-Instruct", 8.29e9, (3584, 28, 28, 4, 128, 152064)),
+                                                    ("Qwen2.5-VL-32B-Instruct", 33.45e9, (5120, 64, 40, 8, 128, 152064)), ("Qwen3-VL-2B-Instruct", 2.13e9, (2048, 28, 16, 8, 128, 151936)),
+                                                    ("Qwen3-VL-8B-Instruct", 8.77e9, (4096, 36, 32, 8, 128, 151936))])
+def test_published_configs_on_the_meta_device(name, parameters, text):
+    "Every published pair is built without weights: its sizes, its RoPE, its layers under capture and its mixing."
+    config = AutoConfig.from_pretrained(DOCS.parent/"data"/"recipes"/"configs"/name)
+    with torch.device("meta"): model = AutoModelForImageTextToText.from_config(config)
+    own = config.get_text_config()
+    assert (own.hidden_size, own.num_hidden_layers, own.num_attention_heads, own.num_key_value_heads, getattr(own, "head_dim", None) or own.hidden_size//own.num_attention_heads, own.vocab_size) == text
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=.01)
+    assert model.lm_head.weight.shape == (text[5], text[0]) and len(rope_layers(model)) == text[1]
+    spec = rope_spec(model, text[1] - 1)
+    assert len(spec.inv_freq) == 64 and sorted(torch.bincount(spec.axis).tolist()) == ([16, 24, 24] if "2.5" in name else [20, 20, 24])
+    teacher = AutoConfig.from_pretrained(DOCS.parent/"data"/"recipes"/"configs"/("Qwen2.5-VL-32B-Instruct" if "2.5" in name else "Qwen3-VL-8B-Instruct"))
+    mixing = mixings(config, teacher, layer_pairs("last", config, teacher))
+    (key, mix), = mixing.items()
+    other = teacher.get_text_config()
+    assert key == f"{text[1] - 1}-{other.num_hidden_layers - 1}" and mix.sizes == (text[2], other.num_attention_heads, text[3], other.num_key_value_heads)

@@ -1,6 +1,9 @@
 """What is kept on disk: whole files or none, and what tells models apart."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from laid_nb.store import (
     atomic_write,
     data_path,
     load_model,
+    lock,
     model_fingerprint,
     model_path,
     read_json,
@@ -185,3 +189,39 @@ def test_older_names_do_not_change_what_transformers_5_reads(config, work):
     (work/"both/config.json").write_text(json.dumps(both))
     read = [AutoConfig.from_pretrained(folder).to_dict() | {"_name_or_path": ""} for folder in ("both", "new")]
     assert read[0] == read[1]
+
+
+# ---------------------------------------------------------------- several writers, and killed ones
+
+def test_no_change_of_a_value_goes_unseen():
+    (a, processor), (b, _) = load_model("student"), load_model("student")
+    before, weight = model_fingerprint(a, processor), b.lm_head.weight.data.view(-1)
+    for i in torch.randint(weight.numel(), (20,)).tolist():
+        was = weight[i].clone()
+        weight[i] = torch.nextafter(was, torch.tensor(9.))  # the last bit
+        assert model_fingerprint(b, processor) != before
+        weight[i] = was
+    assert model_fingerprint(b, processor) == before
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_lock_keeps_others_out_and_ends_with_its_process(work, place):
+    (work/"folder").mkdir(), (work/"file").touch()
+    code = f"import time\nfrom laid_nb.store import lock\nwith lock({str(work/place)!r}):\n    print('held', flush=True)\n    time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"another process is writing .*{place}"):
+            with lock(work/place): pass
+    finally: other.kill()
+    with lock(work/place, 10): pass  # its process is gone, and so is the lock
+
+
+def test_a_killed_writer_s_leftovers_go_and_a_living_one_s_stay(work):
+    (work/".a.txt-dead").mkdir(), (work/".b.txt-other").mkdir()
+    for name in (".a.txt-dead", ".b.txt-other"): os.utime(work/name, (0, 0))
+    with atomic_write("a.txt") as part:
+        part.write_text("one")
+        os.utime(part.parent, (0, 0))
+        with atomic_write("a.txt") as mine: mine.write_text("two")
+    assert (work/"a.txt").read_text() == "one" and {p.name for p in work.iterdir()} == {"a.txt", ".b.txt-other"}

@@ -2,6 +2,8 @@
 import copy
 import json
 import math
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -21,7 +23,7 @@ from transformers import (
 from laid_nb import align, losses
 from laid_nb.align import needle_pair, needle_scores
 from laid_nb.capture import capture
-from laid_nb.checkpoint import RUN_FILE
+from laid_nb.checkpoint import RUN_FILE, checkpoints
 from laid_nb.haystack import haystack_dataset, picture_haystack
 from laid_nb.inputs import OURS, HaystackCollator, image_inputs, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
@@ -30,8 +32,9 @@ from laid_nb.pictures import BadPicture
 from laid_nb.recompose import PieceEncoder, Recomposed, unlabelled
 from laid_nb.rope import rope_spec
 from laid_nb.simulate import WindowSimulation
+from laid_nb.stop import Stopped, stop_requests
 from laid_nb.store import load_model, save_model
-from laid_nb.train import LaidConfig, LaidTrainer, step_generator
+from laid_nb.train import LaidConfig, LaidTrainer, StopAfterStep, step_generator
 
 
 @pytest.fixture
@@ -912,3 +915,109 @@ def test_nothing_begins_with_a_bad_picture(trainer, files, tmp_path):
     with pytest.raises(BadPicture, match="1-0.png"): run.train()
     assert not list((tmp_path/"run").glob("checkpoint-*"))
     with pytest.raises(ValueError, match="on_bad_image"): trainer(on_bad_image="ignore")
+
+
+# --- a run that is stopped, and one that goes on ---------------------------------
+class Signal(TrainerCallback):
+    "Asks this process to end, during a step."
+    def __init__(self, step, number): self.step, self.number = step, number
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step: os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_with_a_checkpoint_to_go_on_from(trainer, tiny, tmp_path, number):
+    student, whole = tiny("student"), tiny("student")
+    with stop_requests() as request, pytest.raises(Stopped, match=number.name):
+        made = trainer(student, max_steps=4)
+        made.add_callback(Signal(1, number)), made.add_callback(StopAfterStep(request))
+        made.train()
+    assert [p.name for p in (tmp_path/"run").iterdir()] == ["checkpoint-2"]
+    trainer(student := tiny("student"), max_steps=4).train(resume_from_checkpoint=True)
+    trainer(whole, max_steps=4, folder=tmp_path/"whole").train()
+    assert same(student, whole)
+
+
+@pytest.fixture
+def run_of_two(trainer, tmp_path):
+    "settle(**changes): a run of two steps, saved after the first, goes on with other settings; only what is compared."
+    settings = dict(method="kd", save_strategy="steps", save_steps=1, gradient_accumulation_steps=2)
+    trainer(folder=tmp_path/"a", **settings).train()
+    return lambda folder="a", **changes: trainer(folder=tmp_path/folder, **settings | changes).settle_start(str(tmp_path/"a/checkpoint-1"))
+
+
+def test_a_run_goes_on_as_itself_alone(run_of_two, tiny, processor, pool, monkeypatch):
+    run_of_two("elsewhere", logging_steps=7, save_steps=5, dataloader_num_workers=1, run_name="tuesday")
+    other = tiny("student")
+    other.lm_head.weight.data[3, 5] += 1e-6
+    for changes, said in ((dict(alpha=.5), "alpha was 0.3 and is 0.5"), (dict(seed=7), "seed was 42 and is 7"), (dict(temperature=1.), "temperature was 2.0 and is 1.0"),
+                          (dict(gradient_accumulation_steps=4), "gradient_accumulation_steps was 2 and is 4"), (dict(max_gap=9), "max_gap was 0 and is 9"), (dict(max_steps=3), "max_steps was 2 and is 3"),
+                          (dict(data=pool[:-1]), "data was \"12 samples"), (dict(student=other), "student was"), (dict(teacher=copy.deepcopy(other)), "teacher was")):
+        with pytest.raises(ValueError, match=f"of another run: {said}"): run_of_two(**changes)
+    monkeypatch.setattr(processor.image_processor, "image_mean", [.4, .4, .4])
+    with pytest.raises(ValueError, match="processor was"): run_of_two()
+
+
+def test_what_may_change_is_named_and_takes_effect(trainer, run_of_two, tmp_path, capsys):
+    with pytest.raises(ValueError, match="'alpha' makes another run"): run_of_two(allow_changed="alpha")
+    settings = dict(method="kd", save_strategy="steps", save_steps=1, max_steps=4, learning_rate=5e-3, warmup_steps=0, gradient_accumulation_steps=2)
+    whole = trainer(folder=tmp_path/"whole", **settings)
+    whole.train()
+    trainer(folder=tmp_path/"b", **settings | dict(max_steps=2, learning_rate=1e-3)).train()
+    again = trainer(folder=tmp_path/"b", **settings, allow_changed="max_steps, learning_rate")
+    again.train(resume_from_checkpoint=str(tmp_path/"b/checkpoint-1"))
+    assert "learning_rate was 0.001 until checkpoint-1 and is 0.005 from there on" in capsys.readouterr().out
+    assert logged(again, "learning_rate")[1:] == logged(whole, "learning_rate")[1:] and again.state.global_step == 4
+    trainer(folder=tmp_path/"b", **settings).settle_start(True)  # the new settings are the run's own now
+
+
+def test_a_run_does_not_begin_over_another(trainer, tmp_path):
+    settings = dict(method="sft", save_strategy="steps", save_steps=1, save_total_limit=1)
+    trainer(**settings).train()
+    assert [p.name for p in checkpoints(tmp_path/"run")] == ["checkpoint-2"]
+    with pytest.raises(ValueError, match="checkpoint-2 of an earlier run: go on with"): trainer(**settings).train()
+    made = trainer(**settings, overwrite_output_dir=True, max_steps=1)
+    made.train()
+    assert [p.name for p in checkpoints(tmp_path/"run")] == ["checkpoint-1"]
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors", "trainer_state.json"])
+def test_a_checkpoint_that_lacks_a_file_is_passed_over_or_names_it(trainer, tmp_path, name):
+    settings = dict(method="sft", save_strategy="steps", save_steps=1)
+    trainer(**settings).train()
+    (tmp_path/"run/checkpoint-2"/name).unlink()
+    with pytest.raises(ValueError, match=rf"checkpoint-2/{name} is not there: go on from .*checkpoint-1"): trainer(**settings).train(resume_from_checkpoint=str(tmp_path/"run/checkpoint-2"))
+    made = trainer(**settings)
+    with pytest.warns(UserWarning, match="checkpoint-2 is passed over"): made.settle_start(True)
+    assert made.resumed.endswith("checkpoint-1")
+
+
+class Bomb:
+    def __reduce__(self): return os.mkdir, ("opened",)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_nothing_is_unpickled_on_the_way(trainer, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    settings = dict(method="sft", save_strategy="steps", save_steps=1)
+    trainer(**settings).train()
+    folder = tmp_path/"run/checkpoint-1"
+    torch.save(Bomb(), folder/name)
+    older(folder)
+    with pytest.raises(ValueError, match=f"{folder} cannot be read"): trainer(**settings, **OLDER).train(resume_from_checkpoint=str(folder))
+    assert not (tmp_path/"opened").exists() and not list((tmp_path/"run").rglob("*.bin"))
+
+
+def test_weights_are_read_from_safetensors_alone(trainer, tmp_path):
+    made = trainer(method="sft", save_strategy="steps", save_steps=1)
+    made.train()
+    (tmp_path/"run/checkpoint-1/model.safetensors").rename(tmp_path/"run/checkpoint-1/pytorch_model.bin")
+    with pytest.raises(ValueError, match="model.safetensors is not there"): trainer(method="sft").train(resume_from_checkpoint=older(tmp_path/"run/checkpoint-1"))
+
+
+def test_the_best_checkpoint_stays_and_is_known_by_its_name(trainer, haystacks, tmp_path):
+    settings = dict(method="sft", save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1, save_total_limit=1, load_best_model_at_end=True, greater_is_better=True, max_steps=3)  # the loss falls
+    made = trainer(data="pixels", eval_dataset=haystacks[:2], **settings)
+    made.train()
+    assert made.state.best_model_checkpoint == str(tmp_path/"run/checkpoint-1") and not list((tmp_path/"run").glob(".checkpoint*"))
+    assert json.loads((tmp_path/"run/checkpoint-1/trainer_state.json").read_text())["best_model_checkpoint"] == str(tmp_path/"run/checkpoint-1")
