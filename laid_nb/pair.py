@@ -191,14 +191,14 @@ def read_pair(
 ) -> PairReading:
     "How alike what two processors make of the same pictures and words is (ours)."
     if teacher_processor is student_processor: return PairReading()
+    words = _other_vocabulary(student_processor, teacher_processor)
     found = tuple(_differences(student_processor, teacher_processor))
-    if not found: return PairReading()
-    if _only_pixels(found): return PairReading("pixels", found)
+    if not found and words is None: return PairReading()
+    if words is None and _only_pixels(found): return PairReading("pixels", found)
     for who, processor in (("student", student_processor), ("teacher", teacher_processor)):
         if not getattr(processor, "chat_template", None):
             raise ValueError(f"the {who}'s processor has no chat template, and the two differ: {'; '.join(found[:4])}")
-    words = (_other_vocabulary(student_processor, teacher_processor)
-             or _same_answers(student_processor, teacher_processor))
+    words = words or _same_answers(student_processor, teacher_processor)
     return PairReading("vocabulary", (words, *found)) if words else PairReading("tokens", found)
 
 # %% ../nbs/07e_pair.ipynb #same-reading
