@@ -282,7 +282,7 @@ def _is_from(source, folder, kind):
 
 def _settle_processor(folder, processor):
     "The files of the base's processor, unless the one to be saved is another; then both names."
-    found = {name: _base_file(processor.tokenizer.name_or_path, name) for name in _OF_PROCESSOR}
+    found = {name: _base_file(tokenizer_of(processor).name_or_path, name) for name in _OF_PROCESSOR}
     source = found["tokenizer_config.json"]
     if source and _is_from(source.parent, folder, type(processor)):
         for name in _OF_PROCESSOR:

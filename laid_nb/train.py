@@ -970,6 +970,7 @@ def quiet_training(
     processor,  # its processor
     data,  # haystacks, or samples from `precompute`
     teacher=None,  # a transformers model; not needed for method "sft"
+    teacher_processing_class=None,  # its processor; None: it is the student's
     callbacks: tuple = (),  # transformers.TrainerCallback
     trainer: type = LaidTrainer,  # or a subclass
     **settings,  # of LaidConfig and WindowSimulation
@@ -978,7 +979,7 @@ def quiet_training(
     with tempfile.TemporaryDirectory() as scratch:
         silent = dict(output_dir=scratch, save_strategy="no", report_to="none", disable_tqdm=True)
         config, simulation = HfArgumentParser((LaidConfig, WindowSimulation)).parse_dict(silent | settings)
-        made = trainer(student, config, data, processor, teacher=teacher, simulation=simulation,
+        made = trainer(student, config, data, processor, teacher, teacher_processing_class, simulation,
                        callbacks=list(callbacks))
         made.remove_callback(PrinterCallback)
         made.train()
