@@ -105,6 +105,7 @@ def _only(found, folder, what):
     there = f"{len(found)} files: {', '.join(map(str, found))}; set it to one folder" if found else "no file"
     raise ValueError(f"LAID_DATA={folder} has, for {what}, {there}")
 
+# %% ../nbs/10b_lmms.ipynb #sets-named
 def drawn_documents(
     needles: str,  # "single" or "multi"
     size: int,  # images
