@@ -27,6 +27,7 @@ from mkdocs_jupyter.utils import slugify
 
 import reference
 from check import check
+from laid_nb import page as web
 
 SETTINGS = configparser.ConfigParser(interpolation=None)
 SETTINGS.read(ROOT/"settings.ini")
@@ -34,10 +35,18 @@ SETTINGS = SETTINGS["DEFAULT"]
 REPOSITORY = f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}"
 BASE = SETTINGS["doc_baseurl"].rstrip("/") + "/"
 SECTIONS = {"Understand": (0, 5), "Use": (6, 99)}    # numbers of the notebooks
+PLAY = ("12", "12a", "12b", "12c", "12d")  # notebooks to be played with, in a section of their own
 PICTURES = {"image/png": "png", "image/jpeg": "jpg", "image/svg+xml": "svg"}
 NOTEBOOK_KEYS = ("cell_type", "id", "metadata", "source", "outputs", "execution_count")
 FOLDS = {  # why a cell's code is folded -> what is read there
     "imports": "Imports", "examples": "Imports of the examples", "plotting": "Plotting code", "code": "Code"}
+
+PLAY_TOP = """# Play
+
+> Two views of three small models: the teacher, the student, and the student distilled from it.
+
+What you see was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own checkpoints:
+`laid inspect`."""
 
 class Refused(Exception):
     "What the reader would miss, with the place to mend it."
@@ -176,6 +185,14 @@ class Links:
         return TEXT.sub(change, text)
 
 # --- notebooks ----------------------------------------------------------------
+def fewer_colours(
+    data: bytes,  # PNG
+) -> bytes:  # of 256 colours where that is smaller: figures are lines and text
+    from PIL import Image
+    made = io.BytesIO()
+    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(made, "PNG", optimize=True)
+    return min(data, made.getvalue(), key=len)
+
 def picture(
     data: bytes,  # of the file
     suffix: str,
@@ -184,6 +201,7 @@ def picture(
     links: Links,
 ) -> str:  # HTML
     file = Path("figures")/f"{name}.{suffix}"
+    data = fewer_colours(data) if suffix == "png" else data
     (links.copied/file).parent.mkdir(parents=True, exist_ok=True)
     (links.copied/file).write_bytes(data)
     size = ""
@@ -193,6 +211,19 @@ def picture(
     where = links.relative(file)
     image = f'<img src="{where}" alt="{html.escape(alt)}"{size} loading="lazy">'
     return f'<a class="laid-figure" href="{where}">{image}</a>'
+
+VIEW = re.compile(r'<div class="laid-static">(?:<img [^>]*>|<p>.*?</p>)<script [^>]*json".*?</script></div>', re.S)
+SHOWN = re.compile(r'<img [^>]*\balt="([^"]*)"[^>]*\bsrc="data:image/png;base64,([^"]+)"[^>]*>')
+
+def as_on_site(
+    text: str,  # HTML of a view, as a notebook keeps it
+    name: str,  # of the file of its picture, without suffix
+    links: Links,
+) -> str:  # HTML without script and style, which the page loads, and with its picture as a file
+    def drawn(found):
+        image = picture(base64.b64decode(found[2]), "png", name, html.unescape(found[1]), links)
+        return f"<noscript>{image}</noscript>"
+    return SHOWN.sub(drawn, VIEW.search(text)[0])
 
 def outputs(
     cell: dict,
@@ -206,7 +237,10 @@ def outputs(
         output, data = dict(output), output.get("data", {})
         data = {kind: value for kind, value in data.items() if not kind.startswith("application/vnd.jupyter.widget")}
         kind = next((k for k in PICTURES if k in data), None)
-        if kind:
+        if VIEW.search(joined(data.get("text/html", ""))):
+            name = f"{links.page.stem}-{cell['id']}-{i}"
+            data = {"text/html": [as_on_site(joined(data["text/html"]), name, links)]}
+        elif kind:
             if not alt:
                 if strict:
                     remedy = "begin the cell with '#| fig-alt: what is to be seen'"
@@ -261,7 +295,7 @@ def processed(
     strict: bool = True,
 ) -> dict:  # what mkdocs-jupyter renders
     """No directives, no hidden cells; exported cells stay, with a table of parameters to unfold; imports and plotting
-    code are folded; alt texts, pictures as files, links."""
+    code are folded, in an experiment all code; alt texts, pictures as files, links."""
     from execnb.nbio import nb2dict
     wrong, folds = [], {}
     for i, cell in enumerate(nb["cells"]):
@@ -271,7 +305,7 @@ def processed(
         if cell["cell_type"] != "code": continue
         place, alt = f"nbs/{path}, cell {cell['id']}", directive(cell["source"], "fig-alt")
         hidden = directive(cell["source"], "hide") is not None
-        folds[cell["id"]] = folded(cell)
+        folds[cell["id"]] = folded(cell) or ("code" if path.parts[0] == "experiments" else None)
         try:
             cell["outputs"] = [] if hidden else outputs(cell, alt, place, links, strict)
         except Refused as e:
@@ -341,7 +375,7 @@ def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
 ) -> dict:
-    "The README as a front page: figure and ways in come first, of code only what it shows stays."
+    "The README as a front page: its picture answers to the pointer; of code only what it shows stays."
     cells, figure = [], ""
     for cell in nb["cells"]:
         if cell["cell_type"] == "code":
@@ -352,12 +386,34 @@ def home(
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
-            cell["source"] = cell["source"].replace(found[0], "")
+            shown = hero.replace("{viewer}", placed(only_haystack(shipped_view(0), 50), figure))
+            cell["source"] = cell["source"].replace(found[0], f"{shown}\n\n")
         cells.append(cell)
-    first = cells[0]
-    top, mark, rest = first["source"].partition("\n## ")
-    first["source"] = f"{top.rstrip()}\n\n{hero.replace('{figure}', figure)}\n\n{mark.strip()} {rest}"
+    if not figure: raise Refused("nbs/index.ipynb: the front page needs a picture, ![what is to be seen](file)")
     return nb | dict(cells=cells)
+
+def shipped_view(i): return read(ROOT/"data"/"spectra"/"views.json")[i]
+
+def only_haystack(
+    view: dict,  # of haystacks
+    images: int,  # of the one that stays
+) -> dict:
+    state = view["state"]
+    kept = [h for h in state["view"]["haystacks"] if h["images"] == images]
+    return view | dict(state=state | dict(view=state["view"] | dict(haystacks=kept), haystack=kept[0]["id"]))
+
+def placed(
+    view: dict,  # as laid_nb.explore keeps it
+    figure: str,  # HTML of what is seen without a script
+) -> str:  # HTML on one line, which Markdown leaves alone
+    made = web.fragment(view["state"], view["words"])
+    return re.sub(r"<p>.*?</p>", lambda _: f"<noscript>{figure}</noscript>", made, count=1, flags=re.S)
+
+def play_page() -> str:  # Markdown
+    "Everything that can be played with, on one page."
+    views = [shipped_view(0), shipped_view(1)]
+    parts = [f"## {v['heading']}\n\n{v['lead']}\n\n{placed(v, html.escape(v['words']))}" for v in views]
+    return "\n\n".join([PLAY_TOP, *parts])
 
 # --- the folder that mkdocs reads ----------------------------------------------
 def order(
@@ -380,11 +436,14 @@ def navigation(
     first_page = {page: pages[page] for page in ("your_pair.md",) if page in pages}
     more = {page: title for page, title in (first_page | {"cli.md": "The command line"} | pages).items()
             if page != "glossary.md"}
+    played = {p: found for p, found in numbered.items() if found[0] in PLAY}
     for section, (first, last) in SECTIONS.items():
         part = [{f"{found[0]} {titles[p]}": p.as_posix()} for p, found in numbered.items()
-                if first <= int(found[1]) <= last]
+                if first <= int(found[1]) <= last and p not in played]
         if section == "Use": part += [{title: page} for page, title in more.items()]
         nav.append({section: part})
+    nav.insert(1, {"Play": [{"Try it here": "play.md"},
+                            *({f"{found[0]} {titles[p]}": p.as_posix()} for p, found in played.items())]})
     nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
     nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
     if "glossary.md" in pages: nav.append({"Glossary": "glossary.md"})
@@ -414,7 +473,7 @@ def page_of_each(
 ) -> dict:  # file that a link may name -> page
     pages = {f"nbs/{p.as_posix()}": p.with_suffix(".html").as_posix() for p in notebooks}
     pages |= {f"docs/{name}": name.replace(".md", ".html") for name in texts}
-    generated = ("cli", "api/index", *(f"api/{m}" for m in modules))
+    generated = ("cli", "play", "api/index", *(f"api/{m}" for m in modules))
     return pages | {f"docs/{name}.md": f"{name}.html" for name in generated} | {"README.md": "index.html"}
 
 def write_source(
@@ -469,6 +528,9 @@ def prepare(
     for name, text in texts.items():
         write_source(name, Links(Path("docs")/name, Path(name).with_suffix(".html"), pages, names)(text))
     write_reference(names)
+    write_source("play.md", play_page())
+    write_source("javascripts/views.js", web.page_script())
+    write_source("stylesheets/view.css", web.front_end()[1])
     for folder in ("javascripts", "stylesheets", "screens"):
         shutil.copytree(ROOT/"docs"/folder, SOURCES/folder, dirs_exist_ok=True)
     shutil.copyfile(ROOT/"docs"/"favicon.svg", SOURCES/"favicon.svg")
@@ -485,7 +547,7 @@ def themed(
 ) -> str:
     """Without JupyterLab's style sheets and scripts (600 kB a page, a fixed light theme, a remote MathJax); code as the
     theme marks it, with its copy button; folded where its cell says so."""
-    text = re.sub(r"<style.*?</style>|<script.*?</script>|<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'<style.*?</style>|<script(?![^>]*class="laid-data").*?</script>|<!--.*?-->', "", text, flags=re.S)
     text = re.sub(r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', "", text, flags=re.S)
     text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     code = r'<div class="highlight"><pre><code>\1</code></pre></div>'
@@ -522,10 +584,38 @@ def on_page_content(text, page, config, files):
         text = themed(text)
         page.toc = get_toc(contents(text))
         page.title = next((title for title, uri in entries(config["nav"]) if uri == page.file.src_uri), page.title)
-    bare = re.sub(r"<pre.*?</pre>|<code.*?</code>", "", text, flags=re.S)
-    page.meta["maths"] = "$" in bare or "arithmatex" in bare
+    bare = re.sub(r"<pre.*?</pre>|<code.*?</code>|<script.*?</script>", "", text, flags=re.S)
+    page.meta |= dict(maths="$" in bare or "arithmatex" in bare, views='class="laid-data"' in text)
     if page.file.src_uri == "index.ipynb": page.meta |= dict(home=True, hide=["navigation"])
     return text
+
+GREEK = "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau phi chi psi omega"
+SIGNS = dict(zip(GREEK.split(), "αβγδεζηθικλμνξπρστφχψω")) | dict(
+    Delta="Δ", Gamma="Γ", Theta="Θ", Lambda="Λ", Sigma="Σ", Phi="Φ", Psi="Ψ", Omega="Ω", sum="Σ", prod="∏", cdot="·",
+    times="×", le="≤", leq="≤", ge="≥", geq="≥", ne="≠", approx="≈", to="→", mapsto="↦", infty="∞", pm="±", ll="≪",
+    gg="≫", dots="…", ldots="…", cdots="…", quad=" ", qquad=" ", top="ᵀ", varphi="φ", varepsilon="ε", ell="ℓ",
+    partial="∂", propto="∝", langle="⟨", rangle="⟩", odot="⊙",
+    sqrt="√", ast="*", lVert="‖", rVert="‖", Vert="‖", lfloor="⌊", rfloor="⌋")
+
+WORDS = ("cos", "sin", "log", "exp", "max", "min", "softmax", "arg", "mod", "det", "lim")
+
+def maths_as_text(
+    latex: str,
+) -> str:  # what a search result shows: signs for commands, no braces
+    text = re.sub(r"\\frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2", html.unescape(latex))
+    text = re.sub(r"\\([A-Za-z]+)\s?", lambda found: SIGNS.get(found[1], found[1]*(found[1] in WORDS)), text)
+    return re.sub(r"\s+", " ", re.sub(r"\\[,;:!| ]?|[{}&]|_(?=\{)|(?<=\w)_", "", text)).strip()
+
+MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\w$])\$([^$\n]+?)\$(?![\w$])", re.S)
+
+def on_post_build(config):
+    "mkdocs calls this at the end: formulas of the search index become text."
+    file = Path(config["site_dir"])/"search"/"search_index.json"
+    index = read(file)
+    def said(found): return html.escape(maths_as_text(next(filter(None, found.groups()))), False)
+    for entry in index["docs"]:
+        entry |= {key: MATHS.sub(said, entry[key]) for key in ("title", "text")}
+    file.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 def entries(nav):  # (title, page) of all levels
     for item in nav:

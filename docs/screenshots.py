@@ -18,10 +18,11 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
              "--disable-component-update", "--disable-sync"]
 PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs",
          "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html",
-         "glossary": "glossary.html"}
-SHOWN = {"home": ("light", 1280), "notebook": ("light", 1280), "experiment": ("dark", 1280), "api": ("light", 1280),
-         "cli": ("dark", 390)}  # those of docs/screens.md
-ROOMS = (("light", 1280), ("dark", 1280), ("light", 390), ("dark", 390))
+         "glossary": "glossary.html", "play": "play.html", "inspector": "12_inspector.html#the-embedded-models",
+         "viewer": "12c_viewer.html#under-your-fingers"}
+SHOWN = {"home": ("light", 1440), "notebook": ("light", 1440), "experiment": ("dark", 1440), "api": ("light", 1440),
+         "cli": ("dark", 390), "play": ("dark", 1440), "inspector": ("light", 1440), "viewer": ("light", 1440)}
+ROOMS = (("light", 1440), ("dark", 1440), ("light", 390), ("dark", 390))
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
     def log_message(self, *_): pass
@@ -56,13 +57,12 @@ def look(
     page.on("request", lambda r: None if r.url.startswith(own) else wrong.append(f"{address}: asks for {r.url}"))
     page.goto(address)
     page.wait_for_load_state("networkidle")
-    if page.locator('script[src*="mathjax"]').count():
-        drawn = "window.MathJax?.startup?.promise?.then ? MathJax.startup.promise.then(() => true) : false"
-        page.wait_for_function(drawn, timeout=60_000)
+    if page.locator('script[src*="maths.js"]').count():
+        page.wait_for_function("document.documentElement.dataset.maths", timeout=60_000)
     page.wait_for_timeout(300)
     wide = page.evaluate("document.scrollingElement.scrollWidth")
     if wide > width: wrong.append(f"{address}: {wide} pixels wide on a screen of {width}")
-    broken = page.evaluate("[...document.querySelectorAll('mjx-merror, [data-mjx-error]')].map(e => e.textContent)")
+    broken = page.evaluate("[...document.querySelectorAll('.katex-error')].map(e => e.textContent)")
     wrong += [f"{address}: maths not understood: {text}" for text in broken]
     if "#" in address: page.evaluate("document.getElementById(location.hash.slice(1)).scrollIntoView()")
     picture = page.screenshot()

@@ -8,6 +8,7 @@ __all__ = ['PAPER', 'HALF', 'UNMEASURED', 'LOW_MASS', 'wilson', 'half_way', 'Ans
            'table_text', 'table_markdown', 'numbers', 'by_depth', 'mean_mass', 'plot_accuracy', 'plot_depth']
 
 # %% ../nbs/10_accuracy.ipynb #imports
+import html
 import math
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from .patch import patch
+from .spectra import figure_label
 
 # %% ../nbs/10_accuracy.ipynb #wilson
 def wilson(
@@ -446,9 +448,10 @@ def table_markdown(
     rows: list,  # from `table_cells`
 ) -> str:
     "For a file: the interval small, below the estimate."
+    named = [[(html.escape(row[0][0], quote=False).replace("|", r"\|"), row[0][1]), *row[1:]] for row in rows]
     cell = lambda a, b: a + ("<br>" if a and b else "") + (f"<sub>{b}</sub>" if b else "")
     line = lambda cells: "| " + " | ".join(cell(*c) for c in cells) + " |\n"
-    return line(rows[0]) + "|:--" + "|--:"*(len(rows[0]) - 1) + "|\n" + "".join(map(line, rows[1:]))
+    return line(named[0]) + "|:--" + "|--:"*(len(rows[0]) - 1) + "|\n" + "".join(map(line, named[1:]))
 
 # %% ../nbs/10_accuracy.ipynb #numbers
 def numbers(
@@ -492,9 +495,11 @@ def mean_mass(
     records: list[dict],  # from `evaluate` or `read_records`
 ) -> dict[int, float]:  # number of images -> mean
     "Mean probability of the choices of a question together, by number of images; of questions that have choices."
-    chosen = [r for r in records if _choices(r)]
-    sizes = sorted({r["size"] for r in chosen})
-    return {s: float(np.mean([r["mass"] for r in chosen if r["size"] == s])) for s in sizes}
+    found = {}
+    for r in records:
+        if _choices(r):
+            found.setdefault(r["size"], []).append(r["mass"])
+    return {size: float(np.mean(found[size])) for size in sorted(found)}
 
 # %% ../nbs/10_accuracy.ipynb #plot-accuracy
 def _plot_level(axes, sizes, level, style):
@@ -520,7 +525,7 @@ def plot_accuracy(
         colour = colours.setdefault(name.removesuffix(dashed) if second else name, f"C{len(colours)}")
         axes.fill_between(results.sizes, low, high, color=colour, alpha=.6/max(4, len(results.models)), linewidth=0)
         axes.plot(results.sizes, results.accuracy[name], "o--" if second else "o-", color=colour, markersize=4,
-                  label=name)
+                  label=figure_label(name))
         window, lowest = results.window(name, threshold), min(lowest, *low)
         if not window.failed:
             ends = np.broadcast_to(threshold, results.sizes.shape)

@@ -12,17 +12,17 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from .attention import attention_kinds, layers_left_out, said_of_layers
 from .capture import capture, residual_streams
-from .inputs import batch_of, image_inputs, read_groups, read_positions, same_tokens
+from .inputs import batch_of, image_inputs, read_groups, read_positions, same_tokens, to_model
 from .losses import unit_rms
 from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_pairs, mixing_kind, mixings
 from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
 from .simulate import asked_rows
 from .spectra import needle_shares, real_tokens
+from .store import read_tensors
 
 # %% ../nbs/09_align.ipynb #needle
 def _check_needle(
@@ -70,11 +70,11 @@ def _turn_attention(
 
 def _plain_layers(
     model,  # student or teacher
-    batches: list[dict],  # from `HaystackCollator`, on the model's device
+    batches: list[dict],  # from `HaystackCollator`
     role: str,  # "student" or "teacher"
 ) -> list[int]:
     "Layers that attend causally to all tokens of the longest batch. Warns of the others, `ValueError` where none does."
-    batch = max(batches, key=lambda b: b["input_ids"].shape[1])
+    batch = to_model(model, max(batches, key=lambda b: b["input_ids"].shape[1]))
     layers = model.config.get_text_config().num_hidden_layers
     inputs = image_inputs(model, batch, role) | dict(position_ids=read_positions(model, batch))
     left_out = layers_left_out(model, inputs)
@@ -88,7 +88,7 @@ def _plain_layers(
 @torch.no_grad()
 def needle_scores(
     model,  # student or teacher
-    batches: list[dict],  # from `HaystackCollator`, on the model's device
+    batches: list[dict],  # from `HaystackCollator`
     role: str,  # "student" or "teacher"
 ) -> torch.Tensor:  # [layers, heads], in 0..1; nan for layers that do not attend causally to all tokens
     """Mean share of attention from the tokens of a question to the image it asks about (ours). Warns of layers that are
@@ -96,6 +96,7 @@ def needle_scores(
     batches, found = [batch_of(batch, role) for batch in batches], []
     layers = _plain_layers(model, batches, role)
     for batch in batches:
+        batch = to_model(model, batch)
         groups, turn = read_groups(model, batch), batch["turn"]
         asked, mask = asked_rows(turn, batch["needles"], groups), batch["attention_mask"].bool()
         with capture(model, layers) as cache:
@@ -161,13 +162,13 @@ def build_mixing(
 def _read_pair(
     student,  # a transformers model
     teacher,  # a transformers model
-    batch: dict,  # from `HaystackCollator`, on the models' device
+    batch: dict,  # from `HaystackCollator`, on the student's device
 ) -> None:
     """Both models read a batch at the student's positions, or each what is its own; what they make of it is captured by
     whoever asked."""
     for model, role in ((student, "student"), (teacher, "teacher")):
         own = batch_of(batch, role)
-        positions = read_positions(student if own is batch else model, own)
+        positions = to_model(model, read_positions(student if own is batch else model, own))
         model(**image_inputs(model, own, role), position_ids=positions, logits_to_keep=1, use_cache=False)
 
 @torch.no_grad()
@@ -175,7 +176,7 @@ def gram_sums(
     pairs: list[tuple[int, int]],  # (student layer, teacher layer)
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     by_band: bool = False,  # as forms other than scalar need them
 ) -> dict[tuple[int, int], GramStats]:
     "What both models make of a few batches, as streamed Gram sums of every pair of layers."
@@ -194,7 +195,7 @@ def fit_mixing(
     mixing: nn.ModuleDict,  # from `build_mixing`, changed in place
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     init: str = "ridge",  # "ridge", "uniform" or "random"
     seed: int = 0,  # for "random"
 ) -> dict[tuple[int, int], GramStats]:  # what was measured, by pair; empty where heads cannot be compared by dimension
@@ -224,7 +225,7 @@ def load_mixing(
     "Mixing weights as a run saved them; pairs of layers, form and constraint are read from the file."
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not there: a run of method 'laid' or 'laid+' saves it in every checkpoint")
-    state = load_file(path)
+    state, _ = read_tensors(path)
     pairs = sorted({tuple(map(int, key.split(".")[0].split("-"))) for key in state})
     mixing = build_mixing(student, teacher, pairs, **mixing_kind(state), by_dimension=by_dimension)
     mixing.load_state_dict(state)
@@ -236,7 +237,7 @@ MEASURED = ("needle", "best")  # ways to choose layers that read haystacks first
 def _best_layers(
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Each student layer that has RoPE with the teacher layer of the same RoPE whose mixtures explain it best."
@@ -253,7 +254,7 @@ def measured_layers(
     layers: str,  # one of MEASURED
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     form: str,  # of the mixtures
 ) -> list[tuple[int, int]]:  # (student layer, teacher layer)
     "Layers chosen by what they do on a few haystacks (ours)."
@@ -300,7 +301,7 @@ def fit_projections(
     projections: nn.ModuleDict,  # from `build_projections`, changed in place
     student,  # a transformers model
     teacher,  # a transformers model
-    batches: list[dict],  # from `HaystackCollator`, on the models' device
+    batches: list[dict],  # from `HaystackCollator`, on the student's device
     ridge: float = 1e-3,  # relative to the mean diagonal of the teacher's Gram matrix
 ) -> None:
     "Start the projections at the ridge solution on a few batches."
@@ -311,9 +312,9 @@ def fit_projections(
         with residual_streams(student, layers[0]) as own, residual_streams(teacher, layers[1]) as other:
             _read_pair(student, teacher, batch)
         for (s, t), total in sums.items():
-            a = unit_rms(other[t][real]).double()
+            a = unit_rms(other[t].to(real.device)[real]).double()
             total[0] = total[0] + a.T @ a
-            total[1] = total[1] + a.T @ unit_rms(own[s][real]).double().to(a.device)
+            total[1] = total[1] + a.T @ unit_rms(own[s][real]).double()
     for (gram, cross), projection in zip(sums.values(), projections.values()):
         damping = ridge*gram.diagonal().mean()*torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         projection.weight.copy_(torch.linalg.solve(gram + damping, cross).T)

@@ -11,7 +11,6 @@ import itertools
 import json
 import random
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +32,9 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
 from .capture import capture
 from .haystack import OBJECTS, Question, Scene, render, single_contents
 from .patch import patch
-from .store import atomic_write, save_model
+from .folder import tensor_hash
+from .stop import worker_pool
+from .store import atomic_write, load_model, lock, save_model
 
 # %% ../nbs/08_anchors.ipynb #chat-template
 _SYSTEM = "You are a helpful assistant."
@@ -132,7 +133,7 @@ def _draw_pool(
     path = Path(folder)/f"pictures-{drawing}.npy"
     if not path.exists():
         jobs = [(drawing*len(CONTENTS) + i, c) for i, c in enumerate(CONTENTS)]
-        with ProcessPoolExecutor(workers) as pool:
+        with worker_pool(workers) as pool:
             drawn = pool.map(_draw, jobs, chunksize=256)
             pictures = list(tqdm(drawn, total=len(jobs), desc=f"drawing {drawing}"))
         with atomic_write(path) as part:
@@ -695,17 +696,33 @@ _TRAINING = {
     "teacher": dict(steps=2600, longest=150, rate=1.2e-3, tokens=2700),
     "student": dict(steps=4200, longest=5, rate=1.6e-3, tokens=3600, guided=4/7, decay=1.5)}
 
+def _save_anchor(
+    model: Qwen2_5_VLForConditionalGeneration,
+    processor,  # of `build_processor`
+    folder: Path,  # to be made; one with the same weights stays
+) -> None:
+    "Save one of the pair. `ValueError` for a folder with another model."
+    if not folder.exists():
+        save_model(model, processor, folder)
+    weights = [tensor_hash(dict(m.named_parameters())) for m in (model, load_model(str(folder))[0])]
+    if weights[0] != weights[1]: raise ValueError(f"{folder} holds another model: choose another folder with --out")
+
 def make_anchors(
     folder: Path,  # drawings, embeddings, checkpoints and logs; a second call goes on where the first was stopped
     out: Path,  # the pair is saved to `out/teacher` and `out/student`
 ) -> None:
-    "Train the pair from pixels and save it. About two hours on 2 cores. Ours."
+    "Train the pair from pixels and save it, in about two hours on 2 cores. Ours. `ValueError` for a folder in use."
     torch.manual_seed(0)
     folder, out, processor = Path(folder), Path(out), build_processor()
-    namer = Namer({name: anchor_config(name, processor.tokenizer) for name in SIZES})
-    _train_vision(namer, processor, folder)
-    pictures = _embed_pool(namer, processor, folder)
     for name in SIZES:
-        model = anchor_model(name, processor.tokenizer, namer)
-        _train_language(name, model, processor.tokenizer, pictures[name], folder, **_TRAINING[name])
-        save_model(model.eval(), processor, out/name)
+        if (out/name).exists() and not (folder/f"{name}.pt").exists():
+            raise ValueError(f"{out/name} exists, and was not trained in {folder}: choose another folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder):
+        namer = Namer({name: anchor_config(name, processor.tokenizer) for name in SIZES})
+        _train_vision(namer, processor, folder)
+        pictures = _embed_pool(namer, processor, folder)
+        for name in SIZES:
+            model = anchor_model(name, processor.tokenizer, namer)
+            _train_language(name, model, processor.tokenizer, pictures[name], folder, **_TRAINING[name])
+            _save_anchor(model.eval(), processor, out/name)

@@ -112,7 +112,7 @@ def _choice_question(entry, n_images, where):
         answer = dict(zip(ascii_uppercase, choices)).get(answer, answer)
     try:
         right = answer == "Yes" if choices == YES_NO and answer in YES_NO else answer
-        return Question("", "", "choice", right, tuple(needles), words, choices)
+        return Question("", "", "choice", right, tuple(needles), words, choices, where)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
 def read_choices(

@@ -30,7 +30,7 @@ class KeyedCollator:
         self,
         collator,  # a `HaystackCollator`
     ):
-        self.collator, self.turns, self.size = collator, collator.turns, collator.size
+        self.collator, self.turns, self.size, self.prompt = collator, collator.turns, collator.size, collator.prompt
 
     def __call__(
         self,
@@ -219,7 +219,7 @@ def head_logits(
 
 def _check_head(teacher, final, logits) -> None:
     "`ValueError` for a teacher whose logits are not what its head makes of its final states."
-    made = head_logits(teacher, final)
+    made = head_logits(teacher, final).to(logits.device)
     near = 1e-5 if logits.dtype in (torch.float32, torch.float64) else 2e-2
     if (made - logits).float().norm() <= near*logits.float().norm(): return
     raise ValueError(f"the logits of {type(teacher).__name__} are not what its head makes of its last hidden states "
@@ -271,7 +271,7 @@ class TeacherCache:
         teacher,  # a transformers model, or a `cached_teacher`
         processor,  # that makes the inputs
         data: list,  # the training's samples
-        collator,  # with `turns` and `size`
+        collator,  # with `turns`, `size` and `prompt`
     ):
         self.settings, self.teacher, self.folder = settings, teacher, None
         self.asked, self.found, self.full = 0, 0, False  # samples: read by the teacher, found; whether it is full
@@ -280,7 +280,7 @@ class TeacherCache:
         fingerprint = weights_fingerprint(teacher) if has_body(teacher) else teacher.cache_fingerprint
         self.about = dict(
             teacher=fingerprint, processor=processor_fingerprint(processor), data=f"{len(stacks)} samples {marks}",
-            settings=dict(turns=collator.turns, size=collator.size))
+            settings=dict(turns=collator.turns, size=collator.size, prompt=collator.prompt))
 
 @patch
 def open(
@@ -350,11 +350,12 @@ def ask(
         said = forward()
     finally:
         hook.remove()
-    _check_head(self.teacher, caught[-1][wanted.to(caught[-1].device)], said.pop("logits"))
+    final = caught[-1].to(wanted.device)
+    _check_head(self.teacher, final[wanted], said.pop("logits"))
     entries = []
     for b, (key, turn) in enumerate(zip(keys, turns)):
         own = {name: x[b][..., :len(turn), :] if x.ndim > 2 else x for name, x in said.items()}
-        own["final"] = caught[-1][b][wanted[b].to(caught[-1].device)]
+        own["final"] = final[b][wanted[b]]
         entries.append(to_entry(own, self.settings, turn, int(key[-15:], 16)))
     self.asked += len(keys)
     return entries
@@ -385,7 +386,7 @@ def read(
     else:
         self.found += len(keys)
     said = from_entries(entries, sizes, rows.shape[1], rows.device)
-    said["logits"] = head_logits(self.teacher, said.pop("final"))
+    said["logits"] = head_logits(self.teacher, said.pop("final")).to(rows.device)
     return said
 
 # %% ../nbs/08a_cache.ipynb #start

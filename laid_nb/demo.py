@@ -8,7 +8,6 @@ __all__ = ['QUICK', 'TRAININGS', 'Demo', 'measure', 'distil', 'stages', 'verdict
 # %% ../nbs/12f_demo.ipynb #imports
 import functools
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from .inputs import HaystackCollator, precompute
 from .mixing import layer_pairs
 from .pair import check_same_reading
 from laid_nb.store import (
-    atomic_write, hardware, load_model, model_fingerprint, prepare_process, read_json, save_model, slug, versions,
+    atomic_write, hardware, load_model, lock, model_fingerprint, prepare_process, read_json, save_model, slug, versions,
     write_json
 )
 from .train import check_pair, quiet_training
@@ -68,24 +67,46 @@ TRAININGS = {  # name -> settings of LaidConfig and WindowSimulation
 }
 
 # %% ../nbs/12f_demo.ipynb #demo-folder
-_OUTPUTS = ("demo.json", "records", "models", "training", "vhs", "haystack.png", "results.json", "table.md",
-            "accuracy.png")
+def _read_mark(mark: Path) -> dict:
+    "What `demo.json` says. `ValueError` where it is not that of a demo that lists what it made."
+    state = read_json(mark)
+    if not (isinstance(state, dict) and all(isinstance(state.get(k), dict) for k in ("settings", "seconds", "made"))):
+        raise ValueError(f"{mark} does not list what a demo of laid_nb made there: it is of an older version or of "
+                         "something else. Choose another folder with --out")
+    return state
+
+def _remove_made(out: Path, made: dict) -> None:
+    "Remove the files that a demo made, and folders that are empty then."
+    for name, inside in made.items():
+        path = out/name
+        if not path.resolve().is_relative_to(out.resolve()): raise ValueError(f"{out/'demo.json'} lists {name!r}")
+        files = _files(path) if inside is None else inside  # None: it was made when the demo was stopped
+        for file in [path/x for x in files] if path.is_dir() else [path]:
+            file.unlink(missing_ok=True)
+        for folder in (*sorted((p for p in path.rglob("*") if p.is_dir()), reverse=True), path, *path.parents):
+            if folder == out or folder.is_dir() and any(folder.iterdir()): break
+            if folder.is_dir():
+                folder.rmdir()
+    (out/"demo.json").unlink()
+
+def _files(folder: Path) -> list[str]:
+    "Every file below a folder."
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 def _claim(
     out: Path,  # folder of the demo
     settings: dict,  # what the result depends on
     fresh: bool,  # start anew
-) -> dict:  # {"settings": …, "seconds": {stage: s}}
+) -> dict:  # {"settings": …, "seconds": {stage: s}, "made": {file or folder: files in it}}
     "Begin a folder, or go on with one that was begun with the same settings. `ValueError` for another."
     mark = out/"demo.json"
-    if out.exists() and any(out.iterdir()) and not mark.is_file():
+    if out.exists() and any(out.glob("[!.]*")) and not mark.is_file():
         raise ValueError(f"{out} is not empty and holds no demo: choose another folder with --out")
     if fresh and mark.is_file():
-        for name in _OUTPUTS:
-            shutil.rmtree(out/name) if (out/name).is_dir() else (out/name).unlink(missing_ok=True)
+        _remove_made(out, _read_mark(mark)["made"])
     if not mark.is_file():
-        write_json(mark, {"settings": settings, "seconds": {}})
-    state, settings = read_json(mark), json.loads(json.dumps(settings))
+        write_json(mark, {"settings": settings, "seconds": {}, "made": {}})
+    state, settings = _read_mark(mark), json.loads(json.dumps(settings))
     differ = [k for k in settings if state["settings"].get(k) != settings[k]]
     if differ:
         raise ValueError(f"{out} holds a demo with another {', '.join(differ)}: "
@@ -103,6 +124,23 @@ class _DemoRun:
     state: dict  # from `_claim`
 
     def path(self, name): return self.pair.get(name) or str(self.out/"models"/slug(name))
+
+    def own(self, name):
+        "The path of a file or folder that the demo is about to make, or has made. `ValueError` for somebody else's."
+        if name not in self.state["made"]:
+            if (self.out/name).exists():
+                raise ValueError(f"{self.out/name} is there, and no demo made it: move it away")
+            self.state["made"][name] = None
+            self.keep()
+        return self.out/name
+
+    def keep(self): write_json(self.out/"demo.json", self.state)
+
+    def settle(self):
+        "After a stage: list what is in the folders that it made."
+        made = self.state["made"]
+        made |= {name: _files(self.out/name) for name, inside in made.items() if inside is None}
+        self.keep()
 
     def records(self, name): return self.out/"records"/f"{slug(name)}.jsonl"
 
@@ -136,10 +174,9 @@ def show_haystack(
     loaded = {model: load_model(run.path(model)) for model in run.pair}
     readings = [read_attention(m.to(run.device), p, haystack, model) for model, (m, p) in loaded.items()]
     figure = plot_haystack(haystack, readings, 1)
-    with atomic_write(run.out/name) as part:
+    with atomic_write(run.own(name)) as part:
         figure.savefig(part, dpi=110)
     print("\n".join(_sentence(reading, haystack) for reading in readings) + f"\n  picture: {run.out/name}", flush=True)
-
 
 # %% ../nbs/12f_demo.ipynb #stages
 def measure(
@@ -148,7 +185,7 @@ def measure(
 ):
     "Ask a model all test questions."
     model, processor = load_model(run.path(name))
-    evaluate(model.to(run.device), processor, run.tests, run.records(name), name, batch=12)
+    evaluate(model.to(run.device), processor, run.tests, run.own(f"records/{slug(name)}.jsonl"), name, batch=12)
 
 class _StepBar(TrainerCallback):
     "A progress bar with the loss terms."
@@ -175,7 +212,8 @@ def distil(
     name: str,  # one of TRAININGS
 ):
     "Train a copy of the student, and keep the checkpoint and the log."
-    if Path(run.path(name)).exists(): return
+    folder, log = run.own(f"models/{slug(name)}"), run.own(f"training/{slug(name)}.json")
+    if folder.exists(): return
     (student, processor), (teacher, _) = load_model(run.pair["student"], torch.float32), load_model(run.pair["teacher"])
     demo = run.demo
     trainer = quiet_training(
@@ -183,8 +221,8 @@ def distil(
         per_device_train_batch_size=demo.batch, gradient_accumulation_steps=1, learning_rate=demo.learning_rate,
         mixing_learning_rate=demo.mixing_learning_rate, use_cpu=run.device == "cpu", logging_steps=min(10, demo.steps),
         **TRAININGS[name])
-    write_json(run.out/"training"/f"{slug(name)}.json", trainer.state.log_history)
-    save_model(student, processor, run.path(name))
+    write_json(log, trainer.state.log_history)
+    save_model(student, processor, folder)
 
 def stages(
     demo: Demo,
@@ -225,7 +263,6 @@ def _far(results, name) -> str:
     mine, student = (share(results.models[x]) for x in (name, "student"))
     return f"; {mine:.0%} right at 50 images and more (student {student:.0%})"
 
-
 # %% ../nbs/12f_demo.ipynb #report
 def _results(run, names): return Results(
     {name: by_size(read_records(run.records(name))[1]) for name in names}, "student", "teacher")
@@ -246,19 +283,20 @@ def report(
     names = [*run.pair, *TRAININGS]
     records = {name: read_records(run.records(name))[1] for name in names}
     for name in names:
-        if not (run.out/"vhs"/slug(name)).exists():
-            write_vhs(records[name], run.tests, run.out/"vhs"/slug(name))
+        scored = run.own(f"vhs/{slug(name)}")
+        if not scored.exists():
+            write_vhs(records[name], run.tests, scored)
     results = _results(run, names)
     rows, said, asked = table_cells(results), verdict(results), f"{run.demo.questions} questions"
     figure = plot_accuracy(results, title=f"{asked} at each size, bands: 95% intervals", dashed=" + window simulation")
     figure.axes[0].legend(loc="lower left", fontsize=9, framealpha=1, edgecolor="none")  # over the line of chance
-    with atomic_write(run.out/"accuracy.png") as part:
+    with atomic_write(run.own("accuracy.png")) as part:
         figure.savefig(part, dpi=160)
     note = "Accuracy in %, 95% intervals below. Test haystacks were never trained on."
-    with atomic_write(run.out/"table.md") as part:
+    with atomic_write(run.own("table.md")) as part:
         part.write_text(f"{table_markdown(rows)}\n{note}\n\n{said}\n", encoding="utf-8")
     finished = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    write_json(run.out/"results.json", dict(
+    write_json(run.own("results.json"), dict(
         command=command, finished=finished, settings=run.state["settings"], trainings=TRAININGS, versions=versions(),
         hardware=hardware(), seconds=run.state["seconds"], models=numbers(results)))
     print(f"\nAccuracy in % by number of images, 95% intervals below ({asked} each)\n\n{table_text(rows)}\n\n{said}\n")
@@ -290,14 +328,21 @@ def run_demo(
     settings = asdict(demo) | {"trainings": TRAININGS, "version": __version__} | _check_pair_of_demo(pair)
     if pair == _EMBEDDED_PAIR:
         pair = pair | {"distilled": "distilled"}
-    run = _DemoRun(demo, out, pair, device, _claim(out, settings, fresh))
-    todo = stages(demo, list(pair))
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out):
+        run = _DemoRun(demo, out, pair, device, _claim(out, settings, fresh))
+        _run_stages(run, command)
+
+def _run_stages(run: _DemoRun, command: str) -> None:
+    "Every stage, timed, and the report."
+    todo = stages(run.demo, list(run.pair))
     for i, (title, stage, name) in enumerate(todo, 1):
-        if i == len(pair) + 2:
+        if i == len(run.pair) + 2:
             report_given(run)
         print(f"[{i}/{len(todo)}] {title}", flush=True)
         start = time.time()
         stage(run, name)
         run.state["seconds"].setdefault(f"{stage.__name__} {name}", round(time.time() - start, 1))
-        write_json(out/"demo.json", run.state)
+        run.settle()
     report(run, command)
+    run.settle()

@@ -124,7 +124,7 @@ def save(
     "Write an entry, whole or not at all, over one that is there."
     kept = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
     try:
-        with atomic_write(self.file(key)) as part:
+        with atomic_write(self.file(key), synced=False) as part:
             save_file(kept, part, {"checksum": tensor_hash(key, kept)})
             if self.limit is not None and self.size() > self.limit*1e9: raise _Full
     except _Full:

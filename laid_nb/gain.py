@@ -210,6 +210,27 @@ def _with_gain(
     rows.copy_((exact + fold.offset) * scale - fold.offset)
     return made
 
+# %% ../nbs/05_gain.ipynb #lost
+def lost_gains(
+    gains,  # {"layer": RopeGain}
+    dtype: torch.dtype,  # of the weights that they are folded into
+) -> tuple[int, int, int]:  # gains that differ from 1; of those, that change no weight; that change only some
+    "How many gains are below the precision of a dtype (ours). Differences of float32's own rounding do not count."
+    apart = torch.cat([(gain.gain().detach().double() - 1).abs().flatten().cpu() for gain in gains.values()])
+    apart = apart[apart > torch.finfo(torch.float32).eps]
+    eps = torch.finfo(dtype).eps
+    none, few = int((apart < eps/4).sum()), int((apart < eps/2).sum())
+    return len(apart), none, few - none
+
+def warn_of_lost(gains, dtype: torch.dtype) -> None:
+    "Warn of gains that weights of this dtype cannot hold."
+    learnt, none, few = lost_gains(gains, dtype)
+    if not none + few: return
+    kind = str(dtype).removeprefix("torch.")
+    warnings.warn(f"of {learnt} gains that differ from 1, {none} change no {kind} weight and {few} only some, since they "
+                  f"are within {torch.finfo(dtype).eps/2:.2g} of 1: they are lost where the student is kept in {kind}. "
+                  "A student that was given in float32 keeps them", stacklevel=3)
+
 # %% ../nbs/05_gain.ipynb #write
 def _check_unfolded(model, folds):
     "RuntimeError when a capture applies a gain to `model`, or when one of the gains is in its parameter already."
@@ -230,6 +251,8 @@ def fold_gain(
     ValueError where it cannot be exact; RuntimeError when it was done already or a capture applies a gain."""
     folds = gain_folds(model, gains)
     _check_unfolded(model, folds)
+    for dtype in {model.get_parameter(fold.name).dtype for fold in folds}:
+        warn_of_lost(gains, dtype)
     for fold in folds:
         fold.gain._written = set()
     for fold in folds:

@@ -12,7 +12,7 @@ import csv
 import functools
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +123,7 @@ class Question:
     needles: tuple[int, ...]  # indices of the images that show the anchor
     wording: str = ""  # the question as a file words it, where it differs from ours
     choices: tuple[str, ...] = YES_NO  # what may be answered; (): anything, in words of one's own
+    where: str = field(default="", repr=False, compare=False)  # it stands: file and entry, for errors
 
     def __post_init__(self): _check_question(self)
 

@@ -72,7 +72,8 @@ class LiveView(Inspector, TrainerCallback):
     @traitlets.validate("student_head")
     def _valid_head(self, proposal): return check_choice("student_head", proposal["value"], list(range(self._rows())))
 
-    def draw(self) -> Figure: return plot_training(self.losses, self._view(), self.step, self.student_head)
+    def draw(self) -> Figure:
+        return plot_training(self.losses, self._view(), self.step, self.student_head, self.evaluations)
 
     def _changed(self, change=None):
         if not self._busy:
@@ -106,6 +107,12 @@ def _terms_of(log: dict) -> dict:
 def losses(self: LiveView) -> list[dict]:
     "Of every log: step and each term."
     return [_terms_of(h) for h in self.trainer.state.log_history if "loss" in h]
+
+@patch(as_prop=True)
+def evaluations(self: LiveView) -> list[dict]:
+    "Of every evaluation of the student: step, `eval_accuracy_N` and `eval_window`; [] without a `Validation`."
+    logs = self.trainer.state.log_history
+    return [h for h in logs if any(name.startswith("eval_accuracy_") for name in h)]
 
 @patch(as_prop=True)
 def steps(self: LiveView) -> list[int]:
@@ -255,7 +262,7 @@ def describe(self: LiveView) -> str:
     "The picture in words."
     last = self.losses[-1] if self.losses else {}
     said = ", ".join(f"{k} {v:.3g}" for k, v in last.items() if k != "step") or "nothing logged yet"
-    text = f"training at step {last.get('step', 0)}: {said}"
+    text = f"training at step {last.get('step', 0)}: {said}" + _evaluation_text(self.evaluations)
     if not self.pair: return text
     kind = "query" if self.which == "q" else "key"
     return text + f"; weights and spectra of layers {self.pair}, {kind} head {self.student_head} at step {self.step}"
@@ -282,6 +289,39 @@ def _plot_losses(
         return
     axes.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.05), borderpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+# %% ../nbs/12d_live.ipynb #plot-accuracies
+def _accuracies(
+    evaluation: dict,  # of a trainer's log
+) -> dict[int, float]:  # number of images -> accuracy
+    "The accuracies of one evaluation."
+    found = {k.removeprefix("eval_accuracy_"): x for k, x in evaluation.items() if k.startswith("eval_accuracy_")}
+    return {n: found[str(n)] for n in sorted(map(int, found))}
+
+def _evaluation_text(
+    evaluations: list[dict],  # of a trainer's log
+) -> str:
+    "The last evaluation in words; empty without one."
+    if not evaluations: return ""
+    last, asked = evaluations[-1], _accuracies(evaluations[-1])
+    text = f"; accuracy at step {last['step']}: " + ", ".join(f"{n} images {a:.0%}" for n, a in asked.items())
+    return text + (f", window {last['eval_window']:.3g}" if "eval_window" in last else "")
+
+def _plot_accuracies(
+    axes,  # of matplotlib
+    evaluations: list[dict],  # of a trainer's log, one or more
+) -> None:
+    "Accuracy by number of images over the steps; the last window in the title."
+    steps, sizes = [h["step"] for h in evaluations], list(_accuracies(evaluations[-1]))
+    colours = colormaps["viridis"](torch.linspace(0, .85, len(sizes)).numpy())
+    for n, colour in zip(sizes, colours):
+        found = [_accuracies(h).get(n, float("nan")) for h in evaluations]
+        axes.plot(steps, found, color=colour, linewidth=1.3, marker=".", markersize=4, label=f"{n}")
+    window = f"; window {evaluations[-1]['eval_window']:.3g} images" if "eval_window" in evaluations[-1] else ""
+    axes.set(ylim=(0, 1.04), xlabel="step", title="accuracy" + window)
+    axes.legend(title="images", title_fontsize=8, fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1, .5),
+                borderpad=0)
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
 
 # %% ../nbs/12d_live.ipynb #plot-moved
 def _plot_moved(
@@ -312,11 +352,15 @@ def plot_training(
     view=None,  # MixingView of the heads shown; None: losses alone
     step: int = 0,  # whose response to draw, one of the view's
     head: int = 0,  # student head, a row of the view
+    evaluations: list = (),  # of a `Validation`: step, `eval_accuracy_N` and `eval_window`
 ) -> Figure:
-    "Losses over a training, and the weights and spectra of one head (ours)."
+    "Losses and accuracies over a training, and the weights and spectra of one head (ours)."
     figure = Figure(figsize=(10.5, 2.6 if view is None else 5.2), dpi=80)
-    axes = figure.add_axes((.07, .2, .81, .7) if view is None else (.07, .61, .81, .34))
+    place = (.2, .7) if view is None else (.61, .34)  # bottom and height of the upper row
+    axes = figure.add_axes((.07, place[0], .42 if evaluations else .81, place[1]))
     _plot_losses(axes, losses)
+    if evaluations:
+        _plot_accuracies(figure.add_axes((.68, place[0], .24, place[1])), evaluations)
     if view is None: return figure
     weights, response, energy = (figure.add_axes((x, .1, .25, .35)) for x in (.07, .39, .72))
     _plot_moved(weights, view, head, step)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from laid_nb.align import (
@@ -21,10 +21,11 @@ from laid_nb.align import (
 )
 from .capture import Cache, residual_streams
 from .gain import folded_state, gain_folds, rope_gains
-from .inputs import batch_of, image_inputs, read_positions
+from .inputs import batch_of, image_inputs, read_positions, to_model
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch
 from .rope import rope_layers
+from .store import read_tensors
 
 # %% ../nbs/09a_parts.ipynb #part
 class Part:
@@ -37,6 +38,7 @@ class Part:
     options: dict[str, tuple] = {}  # settings of its own: name -> (type, default, help)
     in_weights = False  # whether a stock checkpoint has it in its weights
     pairs: list[tuple[int, int]] = ()  # (student layer, teacher layer) whose heads are to be captured
+    learns = True  # whether a term that has a weight depends on it
 
     def __init__(
         self,
@@ -71,8 +73,8 @@ def _part_state(
     "The file of a part; `FileNotFoundError` where that run had none."
     path = Path(folder)/part.file
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: {part.missing}")
-    return load_file(path)
+        raise FileNotFoundError(f"{path} is not there: the checkpoint is not whole, or {part.missing}")
+    return read_tensors(path)[0]
 
 def _entries(
     state: dict,  # name -> tensor
@@ -124,6 +126,12 @@ def sees_attention(self: MixingPart) -> bool:
     "Whether a term that has a weight compares attention."
     return any(weight and TERMS[name].sees == "attention" for name, weight in self.args.weights.items())
 
+@patch(as_prop=True)
+def learns(self: MixingPart) -> bool:
+    "Whether a term that compares heads has a weight, and there is more than one head to mix."
+    seen = any(weight and TERMS[name].sees in ("heads", "attention") for name, weight in self.args.weights.items())
+    return seen and any(p.numel() > 1 for p in self.parameters())
+
 @patch
 def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
     "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
@@ -131,7 +139,8 @@ def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
     for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
         own = batch and batch_of(batch, role)
         reader = self.student if own is batch else model
-        inputs = own and image_inputs(model, own, role) | dict(position_ids=read_positions(reader, own))
+        inputs = own and image_inputs(model, own, role) | dict(
+            position_ids=to_model(model, read_positions(reader, own)))
         reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
     self.reach = min(filter(None, reaches), default=None)
 

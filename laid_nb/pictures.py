@@ -160,7 +160,7 @@ def open_picture(
 def _digest(data): return hashlib.sha256(data).hexdigest()[:16]
 
 @functools.lru_cache(1 << 20)
-def _file_hash(path, size, changed):  # size and time of change are a part of the key
+def _file_hash(path, *state):  # size, times of change and place on the disk are a part of the key
     "Hash of a file."
     return _digest(Path(path).read_bytes())
 
@@ -171,7 +171,7 @@ def picture_hash(
     if not isinstance(source, (str, os.PathLike)): return _digest(source.read_bytes())
     try:
         about = os.stat(source)
-        return _file_hash(os.fspath(source), about.st_size, about.st_mtime_ns)
+        return _file_hash(os.fspath(source), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
     except FileNotFoundError: raise MissingPicture(f"no such image: {source}") from None
     except OSError as e: raise BadPicture(f"cannot read image {source}: {_reason(e, source)}") from None
 
@@ -202,7 +202,8 @@ def check_pictures(
 ) -> list[tuple[str, str]]:  # (file, what is wrong), in their order; empty: all can be shown
     "Open and decode every picture. Warns of files whose names say another format than their bytes."
     files, found, misnamed = pictures_of(haystacks), [], []
-    with ThreadPoolExecutor(cores()) as pool:
+    with warnings.catch_warnings(), ThreadPoolExecutor(cores()) as pool:
+        warnings.simplefilter("ignore")  # of Pillow, on what it leaves out of a broken file
         bar = tqdm(pool.map(_wrong, files), total=len(files), desc="check pictures", unit="picture", delay=2,
                    disable=not progress)
         for file, (wrong, other) in zip(files, bar):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CARDS', 'Sample', 'image_grid', 'sample_tokens', 'LiveBytes', 'simulate_step', 'Cards', 'Plan', 'forward_flops',
-           'plan_training', 'advise']
+           'plan_training', 'disk_needed', 'advise']
 
 # %% ../nbs/09e_plan.ipynb #imports
 import copy
@@ -503,18 +503,20 @@ def plan_training(
     cards: Cards,
     samples: int = 5000,  # haystacks in the training set
     mean: Sample | None = None,  # an average sample, for the time; None: all are as long as the longest
+    simulate: bool = True,  # run the step for what comes and goes: 2 to 4 s; False: only what stands there always
 ) -> Plan:
     "Memory, disk and time of a training, from configs and settings. `ValueError` for a family that is not cut as Qwen."
     kinds, beside, sizes = _stands(student, teacher, args, cards)
     dtypes = _student_dtype(student, args), _teacher_dtype(teacher, args)
     compute = torch.bfloat16 if args.fsdp and args.bf16 else dtypes[0]
-    phases = simulate_step(student, teacher, args, sample, (compute, dtypes[1]))
-    phase, moving = max(phases.items(), key=lambda item: sum(item[1].values()))
-    tokens = sample_tokens(student, sample)
-    moving = dict(moving) | {"terms by blocks": _block_bytes(student, args, tokens)}
-    kinds |= {kind: size for kind, size in sorted(moving.items(), key=lambda item: -item[1])}
+    phase, tokens = "no step is run", sample_tokens(student, sample)
+    if simulate:
+        phases = simulate_step(student, teacher, args, sample, (compute, dtypes[1]))
+        phase, moving = max(phases.items(), key=lambda item: sum(item[1].values()))
+        moving = dict(moving) | {"terms by blocks": _block_bytes(student, args, tokens)}
+        kinds |= {kind: size for kind, size in sorted(moving.items(), key=lambda item: -item[1])}
     made = Plan(sample, tokens, cards, {k: int(v) for k, v in kinds.items()}, phase, beside)
-    made.disk = _disk(args, sizes[0], dtypes[0], samples, cards)
+    made.disk = disk_needed(args, sizes[0].whole, sizes[0].trained, dtypes[0], samples, cards.count)
     _add_time(made, (student, teacher), sizes, args, mean or sample, samples)
     return made
 
@@ -539,19 +541,26 @@ def _teacher_dtype(config, args):
     return getattr(torch, given)
 
 # %% ../nbs/09e_plan.ipynb #plan-beside
-def _disk(args, own: _Sizes, dtype, samples: int, cards: Cards) -> dict[str, int]:
+def disk_needed(
+    args,  # LaidConfig
+    whole: int,  # numbers of the student
+    trained: int,  # of those, with states of the optimiser
+    dtype: torch.dtype,  # of its weights while they learn
+    samples: int,  # haystacks in the training set
+    cards: int = 1,  # processes
+) -> dict[str, int]:
     "Bytes on disk: checkpoints that are kept, and the student."
     steps = _steps(args, samples, cards)
     every = args.save_steps if args.save_steps >= 1 else max(1, round(args.save_steps*steps))
     made = {"no": 0, "epoch": math.ceil(args.num_train_epochs)}.get(str(getattr(args.save_strategy, "value", "steps")),
                                                                   math.ceil(steps/every))
-    kept = min(made, args.save_total_limit or made)
-    one = own.whole*dtype.itemsize + own.trained*_state_bytes(args.optim, 4 if args.lora_rank else dtype.itemsize)
-    return {f"disk: {kept} checkpoints": int(kept*one), "disk: the student": own.whole*2}
+    kept = min(made, (args.save_total_limit or made) + 1)  # an old one goes when a new one is there
+    one = whole*dtype.itemsize + trained*_state_bytes(args.optim, 4 if args.lora_rank else dtype.itemsize)
+    return {f"disk: {kept} checkpoints": int(kept*one), "disk: the student": whole*2}
 
-def _steps(args, samples: int, cards: Cards) -> int:
+def _steps(args, samples: int, cards: int) -> int:
     "Steps of the run."
-    of_one = args.per_device_train_batch_size*args.gradient_accumulation_steps*cards.count
+    of_one = args.per_device_train_batch_size*args.gradient_accumulation_steps*cards
     return args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs*samples/of_one)
 
 def _add_time(made: Plan, configs, sizes, args, sample: Sample, samples: int) -> None:
@@ -561,7 +570,7 @@ def _add_time(made: Plan, configs, sizes, args, sample: Sample, samples: int) ->
     if args.method != "sft":
         read += sum(forward_flops(configs[1], sample, sizes[1]))
     of_one = args.per_device_train_batch_size*args.gradient_accumulation_steps*made.cards.count
-    seen = _steps(args, samples, made.cards)*of_one
+    seen = _steps(args, samples, made.cards.count)*of_one
     made.flops, made.recomputed = seen*read, seen*text*bool(args.gradient_checkpointing)
 
 # %% ../nbs/09e_plan.ipynb #advise

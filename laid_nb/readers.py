@@ -27,9 +27,9 @@ def _binary_question(words, answer, needles, where):
     "A question that is answered by yes or no, with the needles where they are known."
     if yes_or_no(answer) is None: raise ValueError(f"{where}: the answer is {answer!r}, not yes or no")
     asked = f"{words}\nAnswer:"
-    if not needles: return Question("", "", "choice", yes_or_no(answer), (), asked)
+    if not needles: return Question("", "", "choice", yes_or_no(answer), (), asked, where=where)
     found = vhs_question(words, answer, needles, where)
-    return Question(found.anchor, found.target, found.kind, found.answer, needles, asked)
+    return Question(found.anchor, found.target, found.kind, found.answer, needles, asked, where=where)
 
 def read_mmlongbench(
     json_path: str | Path,  # a JSONL file such as vh_single_test_1000_K8_dep6.jsonl
@@ -118,7 +118,8 @@ def read_llava(
             continue
         asked = [_first_words(pairs, len(names), where), *(question for question, _ in pairs[1:])]
         try:
-            questions = tuple(Question("", "", "free", said, (), words, ()) for words, (_, said) in zip(asked, pairs))
+            questions = tuple(Question("", "", "free", said, (), words, (), where)
+                              for words, (_, said) in zip(asked, pairs))
         except ValueError as e: raise ValueError(f"{where}: {e}") from None
         images = tuple(find(name, where) for name in names)
         haystacks.append(Haystack(images, questions, f"llava/{Path(json_path).stem}/{number:03d}", system))
@@ -234,8 +235,8 @@ def _asked(row, columns, where):
 def _questions(asked, binary, where):
     "Questions of a row; `binary`: the table is answered by yes or no."
     try:
-        if binary: return tuple(Question("", "", "choice", yes_or_no(a), (), w) for w, a, _ in asked)
-        return tuple(Question("", "", "choice" if c else "free", a, (), w, c) for w, a, c in asked)
+        if binary: return tuple(Question("", "", "choice", yes_or_no(a), (), w, where=where) for w, a, _ in asked)
+        return tuple(Question("", "", "choice" if c else "free", a, (), w, c, where) for w, a, c in asked)
     except ValueError as e: raise ValueError(f"{where}: {e}") from None
 
 # %% ../nbs/07aa_readers.ipynb #table

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 
 from .haystack import Haystack
 from laid_nb.inputs import (
-    OURS, HaystackCollator, add_replies, around_image, family_of, n_images, reply_lead, token_fields
+    OURS, HaystackCollator, add_replies, around_image, family_of, n_images, render, reply_lead,
+    token_fields
 )
 from .patch import patch
 
@@ -147,14 +148,13 @@ def _image_spans(sample) -> list[tuple[slice, slice]]:
 def _template_parts(processor, lead="") -> tuple[str, list[tuple], str]:
     "What stands before the first image, around a first and a later question (before, behind), and at the end."
     def ask(images): return {"role": "user", "content": [{"type": "image"}]*images + [{"type": "text", "text": mark}]}
-    def render(chat, waits): return processor.apply_chat_template(chat, tokenize=False, add_generation_prompt=waits)
     mark, answer = "QUESTION", "Yes"  # `lead`: white space before a reply
     reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    first, later = render([ask(1)], True), render([ask(1), reply, ask(0)], True)
+    first, later = render(processor, [ask(1)], True), render(processor, [ask(1), reply, ask(0)], True)
     said = len(first) + len(lead + answer)
     head, _, tail = first.partition(processor.image_token)
     around = [text.partition(mark)[::2] for text in (tail, later[said:])]
-    return head, around, render([ask(1), reply], False)[said:]
+    return head, around, render(processor, [ask(1), reply], False)[said:]
 
 # %% ../nbs/07d_recompose.ipynb #piece-encoder
 class PieceEncoder:
@@ -166,7 +166,7 @@ class PieceEncoder:
         samples: list[dict],  # from `precompute`
         collator: HaystackCollator,  # it was precomputed with
     ):
-        self.turns, self.processor = collator.turns, collator.processor
+        self.turns, self.processor, self.prompt = collator.turns, collator.processor, collator.prompt
         self.family = family_of(self.processor)
         self._ids = {}  # text -> its tokens
         self._known = {}  # picture -> (a sample that holds it, its place there, its tokens, its rows of the features)
@@ -221,7 +221,8 @@ def __call__(
     unseen = [image for image in haystack.images if image not in self._known]
     if unseen: raise ValueError(f"{unseen[0]} of haystack {haystack.id!r} is in none of the samples: precompute it")
     inputs, questions = self._copy(haystack), haystack.questions[:self.turns]
-    first, *later = [self._tokens(q.text.join(self._around[n > 0])) for n, q in enumerate(questions)]
+    asked = [self.prompt + q.text for q in questions]
+    first, *later = [self._tokens(text.join(self._around[n > 0])) for n, text in enumerate(asked)]
     shown = len(self._head) + inputs["input_ids"].shape[1]
     for name in token_fields(inputs, self.family):
         inputs[name] = F.pad(inputs[name], (len(self._head), len(first)), value=-1 if name == "image" else 0)
@@ -230,7 +231,8 @@ def __call__(
     said = [self._tokens(self._lead + q.reply) for q in questions]
     parts = [(ids, rest, q.answer is not None) for ids, rest, q in zip(said, [*later, self._end], questions)]
     sample = add_replies(inputs, shown, parts, answers=True, family=self.family)
-    return sample | {"needles": [list(q.needles) for q in questions], "haystack": haystack}
+    needles = [list(q.needles) for q in questions]
+    return sample | {"needles": needles, "prompt": self.prompt, "haystack": haystack}
 
 # %% ../nbs/07d_recompose.ipynb #piece-check
 def _check_pieces(encoder, sample):
@@ -267,7 +269,7 @@ def _encoder(samples, collator) -> Callable:
     if "teacher" in samples[0]:
         raise ValueError("encoded samples with inputs of the teacher's own cannot be put together anew: give haystacks")
     if any(name in samples[0] for name in FEATURES): return PieceEncoder(samples, collator)
-    return lambda haystack: collator.encode(haystack) | {"haystack": haystack}
+    return lambda haystack: collator.encode(haystack) | {"prompt": collator.prompt, "haystack": haystack}
 
 
 class Recomposed(torch.utils.data.Dataset):

@@ -22,6 +22,8 @@ from collections.abc import Callable
 from types import NoneType
 from typing import Annotated, Literal, get_args, get_origin
 
+from .store import how_to_install
+
 # %% ../nbs/12g_script.ipynb #comments
 def _parameter_comments(
     function: Callable,  # defined in a file or a notebook
@@ -39,25 +41,30 @@ def _whole(
     value,  # text or number
 ) -> int:  # -1 for what is no whole number, 0 or more
     "What stands for a count."
-    if isinstance(value, str): return int(value) if value.strip().isdecimal() else -1
+    if isinstance(value, str): return int(value) if value.strip().isdecimal() and len(value) < 20 else -1
     known = hasattr(value, "__index__") and not isinstance(value, bool)
     return max(operator.index(value), -1) if known else -1
+
+_MOST = 1_000_000  # of anything that is counted: more is a slip, and would be begun
 
 def positive(
     text: str,  # or a number
 ) -> int:
-    "A whole number over 0."
-    if _whole(text) < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0")
+    "A whole number over 0, up to a million."
+    if not 0 < _whole(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number over 0, up to {_MOST:,}")
     return _whole(text)
 
 def natural(
     text: str,  # or a number
 ) -> int:
-    "A whole number, 0 or more."
-    if _whole(text) < 0: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    "A whole number, 0 or more, below 2⁶³."
+    if not 0 <= _whole(text) < 2**63: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
     return _whole(text)
 
 # %% ../nbs/12g_script.ipynb #readers
+_LONGEST = 10_000  # images of a haystack: the longest of the benchmark
+
 def number_list(
     text: str,  # "1,2,5" or "2-20", a number, or a list
 ) -> list[int]:
@@ -71,6 +78,8 @@ def number_list(
         if not 0 < first <= last:
             raise argparse.ArgumentTypeError(f"{str(part).strip()!r} in {text!r}: a haystack has at least 1 image, "
                                              "and a range goes upwards")
+        if last > _LONGEST:
+            raise argparse.ArgumentTypeError(f"{str(part).strip()!r}: a haystack has at most {_LONGEST:,} images")
         numbers += range(first, last + 1)
     return sorted(set(numbers))
 
@@ -278,3 +287,17 @@ def command(
                 bound.arguments[name] = _read_value(signature.parameters[name], value)
         return function(*bound.args, **bound.kwargs)
     return call
+
+# %% ../nbs/12g_script.ipynb #line
+def one_line(
+    error: BaseException,
+) -> str:
+    "An error in one line of printable characters, at most 2,000."
+    said = str(error).strip()
+    if isinstance(error, ModuleNotFoundError) and error.name: said = f"{said}: {how_to_install(error.name)}"
+    if isinstance(error, MemoryError): said = said or "there is not enough memory"
+    if not isinstance(error, (ValueError, TypeError, ArithmeticError, OSError, RuntimeError, ImportError, MemoryError)):
+        said = f"unexpected {type(error).__name__}: {said} (--debug shows where)"
+    said = re.sub(r"\s*\n\s*", " ", said) or type(error).__name__
+    shown = "".join(c if c.isprintable() else repr(c)[1:-1] for c in said)
+    return shown if len(shown) <= 2_000 else f"{shown[:1_990]} …"

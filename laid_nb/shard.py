@@ -8,6 +8,7 @@ __all__ = ['PLACEMENTS', 'is_sharded', 'shard_model', 'read_one_token', 'check_p
 
 # %% ../nbs/06b_shard.ipynb #imports
 import os
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -132,8 +133,22 @@ def _in_numbers(
                   or key == f"{name}.weight_format"]
         for key in inside:  # scales and formats
             del state[key]
-        state[f"{name}.weight"] = dequantize_module_weight(module).detach()
+        kept = module.weight
+        state[f"{name}.weight"] = dequantize_module_weight(module).detach().to(model.dtype)
+        module.weight = kept  # on a CPU peft puts another in its place, which has lost its scale
     return state
+
+@contextmanager
+def written_in_numbers(
+    model,  # a transformers model, quantised or not
+):
+    "Inside, `save_pretrained` writes the state dict it is given: of a quantised model it would take the few bits."
+    kept = vars(model).pop("hf_quantizer", None)
+    try:
+        yield
+    finally:
+        if kept is not None:
+            model.hf_quantizer = kept
 
 # %% ../nbs/06b_shard.ipynb #state
 def full_state(

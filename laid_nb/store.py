@@ -9,18 +9,29 @@ __all__ = ['EMBEDDED', 'data_path', 'atomic_write', 'remove_on_failure', 'write_
            'hardware', 'versions']
 
 # %% ../nbs/06a_store.ipynb #imports
+import contextlib
+import glob
 import hashlib
 import json
+import math
 import os
 import platform
 import re
 import shutil
 import tempfile
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
 
 from . import __version__
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
 
 # %% ../nbs/06a_store.ipynb #data
 def data_path(
@@ -33,17 +44,76 @@ def data_path(
     raise FileNotFoundError(f"{'/'.join(parts)} is not in {here/'data'} nor in {here.parent/'data'}: "
                             "is the package installed whole?")
 
+# %% ../nbs/06a_store.ipynb #sync
+def sync(
+    path,  # file or folder
+    deep: bool = True,  # False: of a folder only the names in it
+) -> None:
+    "See a file, or all that is in a folder, to the disk."
+    path = Path(path)
+    for part in (*(path.rglob("*") if deep and path.is_dir() else ()), path):
+        if part.is_file() or os.name == "posix":  # Windows has no handle of a folder
+            handle = os.open(part, os.O_RDONLY)
+            os.fsync(handle)
+            os.close(handle)
+
+# %% ../nbs/06a_store.ipynb #lock
+def _lock_now(handle) -> bool:  # whether nobody else holds it
+    "Take a lock that ends with the process, whatever ends it: none is ever stale."
+    if fcntl is None: return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as e:
+        warnings.warn(f"files cannot be locked here ({e.strerror}): see that no other process writes them")
+    return True
+
+@contextmanager
+def lock(
+    path,  # a file or a folder that is there
+    patience: float = 0,  # seconds to wait for what another process holds
+):
+    "Keep other processes that ask from writing a file or a folder. `ValueError` where one does already."
+    handle, end = os.open(path, os.O_RDONLY), time.monotonic() + patience
+    try:
+        while not (_lock_now(handle) and os.path.samestat(os.fstat(handle), os.stat(path))):  # it may be another by now
+            if time.monotonic() > end:
+                raise ValueError(f"another process is writing {path}: wait for it, or give another place")
+            time.sleep(.1)
+        yield
+    finally:
+        if fcntl is not None:  # workers that were forked have the handle too
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
 # %% ../nbs/06a_store.ipynb #files
+def _remove_leftovers(path):
+    "Remove what a writer of this file or folder left when it was killed."
+    for left in path.parent.glob(f".{glob.escape(path.name)}-*"):
+        with contextlib.suppress(OSError, ValueError), lock(left):
+            if time.time() - left.stat().st_mtime > 60:  # a new one, which its writer is about to lock
+                shutil.rmtree(left)
+
 @contextmanager
 def atomic_write(
     path,  # file or folder to be made
+    synced: bool = True,  # see it to the disk first; False for what has a checksum and can be made again
 ):  # yields a temporary path beside it, with the same suffix
     "What is written to the path yielded gets its name when the block ends, and is removed when the block fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder:
-        yield Path(folder)/path.name
-        os.replace(Path(folder)/path.name, path)
+    if synced:
+        _remove_leftovers(path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}-") as folder, lock(folder):
+        part = Path(folder)/path.name
+        yield part
+        if synced:
+            sync(part)
+        os.replace(part, path)
+        if synced:
+            sync(path.parent, deep=False)
 
 @contextmanager
 def remove_on_failure(
@@ -84,6 +154,127 @@ def slug(
     "Small letters, digits and dashes; a plus is spelled."
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\w)\+", " plus", name).lower())
 
+# %% ../nbs/06a_store.ipynb #tensors
+def read_tensors(
+    path,  # a safetensors file
+) -> tuple[dict, dict]:  # (name -> tensor on the CPU, what is noted beside them)
+    "What a safetensors file holds. `ValueError` naming one that is not whole, `FileNotFoundError` for none."
+    from safetensors import safe_open
+    if not Path(path).is_file(): raise FileNotFoundError(f"no such file: {path}")
+    try:
+        with safe_open(path, "pt") as f:
+            return {name: f.get_tensor(name) for name in f.keys()}, f.metadata() or {}
+    except Exception as e:  # safetensors raises errors of its own, and torch's for types that it does not know
+        raise ValueError(f"{path} is no whole safetensors file: {_first_line(e)}") from None
+
+# %% ../nbs/06a_store.ipynb #sizes
+DEEPEST, LARGEST = 2_000, 2**24  # layers, and any other size, that a config may declare
+_SIZE = re.compile(r"(size|dim|heads|layers|depth|experts|channels|width|positions|embeddings|length)s?$")
+
+def _declared(config, where="") -> dict[str, int]:
+    "Whole numbers of a config by their names, in its parts too."
+    if isinstance(config, list): return {}
+    found = {}
+    for name, value in config.items():
+        found |= _declared(value, f"{where}{name}.") if isinstance(value, dict) else {f"{where}{name}": value}
+    return {name: value for name, value in found.items() if isinstance(value, (int, float))}
+
+def check_sizes(
+    path,  # folder of a model
+) -> None:
+    "`ValueError` for a config that declares more layers or a larger size than any model has."
+    file = Path(path)/"config.json"
+    config = read_json(file) if file.is_file() else {}
+    if not isinstance(config, dict): raise ValueError(f"{file} holds a {type(config).__name__}, not settings")
+    for name, value in _declared(config).items():
+        limit = DEEPEST if re.search("layers$|depth$", name) else LARGEST if _SIZE.search(name) else None
+        if limit is not None and not value <= limit:
+            raise ValueError(f"{file} declares {name} {value:,}: no model has more than {limit:,}")
+
+# %% ../nbs/06a_store.ipynb #weights
+_SLACK = 16  # times as many numbers as the files hold: weights of few bits, and those that are tied
+
+def _held(path) -> int:
+    "Numbers in the safetensors files of a folder."
+    from safetensors import safe_open
+    held = 0
+    for file in Path(path).glob("*.safetensors"):
+        with safe_open(file, "pt") as f:
+            held += sum(math.prod(f.get_slice(name).get_shape()) for name in f.keys())
+    return held
+
+def _check_declared(path) -> None:
+    "`ValueError` for a config that declares far more weights than the folder holds."
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    held = _held(path)
+    if not held: return
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    declared = sum(p.numel() for p in model.parameters())
+    if declared > _SLACK*held + 10**7:
+        raise ValueError(f"its config declares {declared:,} weights, its files hold {held:,}")
+
+# %% ../nbs/06a_store.ipynb #limited
+def _limited(
+    work,  # () -> text
+    seconds: int,  # of processor time
+    room: int,  # bytes beside what this process has
+) -> str:  # of `work`, or what stopped it
+    "Do something in a forked process that cannot take more; where processes cannot fork, do it here."
+    if not hasattr(os, "fork"): return work()
+    import resource
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child uses none
+        pid = os.fork()
+    if pid == 0:
+        said = f"it took more than {room/1e9:.0f} GB or {seconds} s"
+        try:
+            has = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (has + room,)*2)
+            resource.setrlimit(resource.RLIMIT_CPU, (seconds,)*2)
+            said = work()
+        except (MemoryError, OSError): pass
+        finally:
+            os.write(writing, said.encode("utf-8", "replace")[:500])
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as stream:
+        said = stream.read().decode()
+    status = os.waitpid(pid, 0)[1]
+    return said if status == 0 else f"it took more than {room/1e9:.0f} GB or {seconds} s"
+
+# %% ../nbs/06a_store.ipynb #template
+_ROOM, _SECONDS = 10**9, 5  # for a chat template, beside the process
+_SOUND = set()  # templates that have been tried
+
+def _rendered(processor) -> str:
+    "'' where a chat template makes a text of a question, in parts or as a text; else why it does not."
+    parts = [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "Is there a dog?"}]
+    said = ""
+    for content in (parts, "Is there a dog?"):
+        try:
+            processor.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                          add_generation_prompt=True)
+            return ""
+        except MemoryError: raise
+        except Exception as e:  # whatever the template makes Jinja and Python raise
+            said = said or f"{type(e).__name__}: {_first_line(e)}"
+    return said
+
+def check_template(
+    processor,  # a transformers processor, or a tokenizer
+) -> None:
+    "`ValueError` for a chat template that fails, or takes 5 s or 1 GB, on a question about two pictures."
+    template = str(processor.chat_template)
+    if processor.chat_template is None: raise ValueError("there is no chat template with it")
+    if template in _SOUND: return
+    said = _limited(lambda: _rendered(processor), _SECONDS, _ROOM)
+    if said: raise ValueError(f"its chat template cannot be used: {said}")
+    _SOUND.add(template)
+
 # %% ../nbs/06a_store.ipynb #process
 def cores() -> int:
     "CPU cores that this process may use."
@@ -99,6 +290,20 @@ def prepare_process() -> str:
         torch.set_num_threads(cores())
     return "cuda" if torch.cuda.is_available() else "cpu"
 
+# %% ../nbs/06a_store.ipynb #install
+def how_to_install(
+    package: str,  # that is not there, as pip calls it
+) -> str:
+    "The command that installs a package: the extra of this package that has it, or the package alone."
+    try:
+        needs = metadata.requires("laid-nb") or []
+    except metadata.PackageNotFoundError:
+        needs = []
+    names = {re.match(r"[\w.-]+", need)[0].lower(): re.search(r"extra == .(\w+)", need)
+             for need in sorted(needs, key=lambda need: "extra == 'dev'" not in need.replace('"', "'"))}
+    extra = names.get(package.lower().replace("_", "-"))
+    return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
+
 # %% ../nbs/06a_store.ipynb #load
 EMBEDDED = ("teacher", "student", "distilled")  # models that ship with the package
 
@@ -107,6 +312,7 @@ def model_path(
 ) -> str:  # folder or hub name
     "Where a model is. `ValueError` for a file, `FileNotFoundError` for a path that is no folder."
     if name in EMBEDDED: return str(data_path("anchors", name))
+    if not name.strip("."): raise ValueError(f"a model needs a name or a folder, not {name!r}")
     path = Path(name).expanduser()
     if path.is_dir(): return str(path)
     if path.exists(): raise ValueError(f"{name} is a file: a model is a folder, or a name on the hub")
@@ -135,22 +341,41 @@ def quantisation(
     raise ValueError(f"weights of {bits} bits need the package bitsandbytes{' or torchao' if bits == 8 else ''}, "
                      "which is not installed: pip install bitsandbytes")
 
+# %% ../nbs/06a_store.ipynb #model-file
+def model_file(
+    model: str | Path,  # a folder, or a name on the hub
+    name: str,  # of a file of ours beside a model's own
+) -> Path | None:  # None: there is none
+    "A file that may lie beside a model."
+    from transformers.utils import cached_file
+    if Path(model).is_dir(): return Path(model)/name if (Path(model)/name).is_file() else None
+    try:
+        return Path(cached_file(str(model), name))
+    except (OSError, ValueError):
+        return None
+
 # %% ../nbs/06a_store.ipynb #load-model
 def load_model(
     name: str,  # folder, hub name, "teacher", "student" or "distilled"
     dtype="auto",  # of the weights; "auto" is the checkpoint's
     bits: int = 0,  # 4 or 8: quantise the weights; 0: as they are
     device="cpu",  # where quantised weights go; others are on the CPU
+    attention: str | None = None,  # attn_implementation of transformers, such as sdpa or eager; None: its choice
 ):  # -> (model, processor)
     """A model and its processor through transformers' auto classes.
     `ValueError` in one line for what cannot be loaded or is not complete."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
     path, cannot = model_path(name), f"cannot load the model {name!r}"
     few = dict(quantization_config=quantisation(bits), device_map={"": device}) if bits else {}
+    check_sizes(path)
     try:
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        if hasattr(processor, "tokenizer"):
+            check_template(processor)
+        _check_declared(path)
         model, info = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **few)
+            path, dtype=dtype, use_safetensors=True, trust_remote_code=False, output_loading_info=True,
+            attn_implementation=attention, **few)
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"{cannot}: {_first_line(e)}") from e
     if not hasattr(processor, "tokenizer"):
@@ -189,6 +414,7 @@ _OF_PROCESSOR = (
     "chat_template.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model")
 _TYPES = ("dtype", "torch_dtype")
+_ASKED = ("padding", "truncation")  # what a tokenizer was last asked to do
 
 def _base_file(base, name):
     "A file of the checkpoint that something was loaded from, on this disk -> Path, or None."
@@ -203,7 +429,7 @@ def _meaning(path):
     if not path.exists(): return None
     if path.suffix != ".json": return path.read_bytes()
     data = json.loads(path.read_text(encoding="utf-8"))
-    return {k: v for k, v in data.items() if k not in ("padding", "truncation")} if isinstance(data, dict) else data
+    return {k: v for k, v in data.items() if k not in _ASKED} if isinstance(data, dict) else data
 
 def _without(config, names):
     "A config without some keys, in its parts too."
@@ -251,6 +477,30 @@ def _settle_generation(folder, base):
     said = [GenerationConfig.from_pretrained(f).to_dict() for f in (folder, source.parent)]
     if _without(said[0], ("transformers_version",)) == _without(said[1], ("transformers_version",)):
         shutil.copyfile(source, folder/"generation_config.json")
+
+# %% ../nbs/06a_store.ipynb #mend
+def mend_generation(
+    model,  # a transformers model, whose `generation_config` may be changed
+) -> None:
+    """Leave out what a generation config sets and does not use, so that it can be saved; a warning names it. Ours.
+    `ValueError` for a config that is wrong otherwise."""
+    config, left_out = getattr(model, "generation_config", None), {}
+    while config is not None:
+        try:
+            config.validate(strict=True)
+            break
+        except ValueError as e:
+            unused = [n for n in re.findall(r"^- `(\w+)`:", str(e), re.M) if getattr(config, n, None) is not None]
+            if not unused:
+                raise ValueError(f"the generation config of this {type(model).__name__} cannot be saved: "
+                                 f"{_first_line(e)}") from None
+        for name in unused:
+            left_out[name] = getattr(config, name)
+            setattr(config, name, None)
+    if left_out:
+        named = ", ".join(f"{name}={value}" for name, value in left_out.items())
+        warnings.warn(f"the generation config has {named}, which do_sample={config.do_sample} does not use and which "
+                      "cannot be saved: left out", stacklevel=2)
 
 # %% ../nbs/06a_store.ipynb #settle-processor
 def _older_processor(folder):
@@ -310,6 +560,7 @@ def save_model(
     folder,  # to be made
 ):
     "A stock checkpoint, whole or not at all, as `settle_checkpoint` leaves it."
+    mend_generation(model)
     with atomic_write(folder) as part:
         model.save_pretrained(part)
         processor.save_pretrained(part)
@@ -330,24 +581,35 @@ def short_hash(
     texts = (p if isinstance(p, str) else json.dumps(p, sort_keys=True, default=str) for p in parts)
     return hashlib.sha256("\x1f".join(texts).encode()).hexdigest()[:16]
 
+# %% ../nbs/06a_store.ipynb #bytes-hash
+def _bytes_hash(
+    named: tuple,  # (name, tensor)
+) -> bytes:  # 32
+    "Hash of a tensor's name, shape, type and bytes."
+    import torch
+    name, x = named
+    x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
+    x = x.dequantize() if hasattr(type(x), "__tensor_flatten__") else x  # made of several, as torchao keeps few bits
+    found = hashlib.blake2b(f"{name} {tuple(x.shape)} {x.dtype}".encode(), digest_size=32)
+    data = x.detach().cpu().contiguous().reshape(-1)
+    found.update(data.view(torch.uint8).numpy())
+    return found.digest()
+
 def _digest(
     named,  # (name, tensor) pairs
 ) -> str:  # hex digits
-    "Hash of names, shapes and up to 4096 spaced values of each tensor."
-    digest = hashlib.sha256()
-    for name, x in sorted(named):
-        x = x.full_tensor() if hasattr(x, "full_tensor") else x  # one that is sharded over processes
-        flat = x.detach().flatten()
-        values = flat[::max(1, flat.numel()//4096)].double().cpu().numpy()
-        digest.update(f"{name} {tuple(x.shape)} {x.dtype}".encode() + values.tobytes())
-    return digest.hexdigest()
+    "Hash of names, shapes, types and all bytes of tensors."
+    named = sorted(named, key=lambda pair: pair[0])
+    if any(hasattr(x, "full_tensor") for _, x in named):  # gathered by all processes, in one order
+        return hashlib.blake2b(b"".join(map(_bytes_hash, named)), digest_size=32).hexdigest()
+    with ThreadPoolExecutor(cores()) as pool:
+        return hashlib.blake2b(b"".join(pool.map(_bytes_hash, named)), digest_size=32).hexdigest()
 
 def model_fingerprint(
     model,  # a transformers model
     processor,  # its processor
 ) -> str:  # 16 hex digits
-    """Hash of configuration, of up to 4096 spaced values of each weight and buffer, and of the processor's template and
-    image settings."""
+    "Hash of configuration, of all bytes of weights and buffers, and of the processor's template and image settings."
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     weights = _digest([*model.named_parameters(), *model.named_buffers()])
     pictures = getattr(processor, "image_processor", None)  # a tokenizer has none
@@ -356,16 +618,18 @@ def model_fingerprint(
 
 def tower_fingerprint(
     model,  # a transformers model
+    types: bool = True,  # a tower in two dtypes is two
 ) -> str:  # 16 hex digits
-    "Hash of up to 4096 spaced values of each weight that makes image features: vision tower and projector."
+    "Hash of all bytes of each weight that makes image features: vision tower and projector."
     text = [part for part in (model.get_decoder(), model.get_output_embeddings()) if part is not None]
     others = {id(p) for part in text for p in part.parameters()}
-    return _digest((name, p) for name, p in model.named_parameters() if id(p) not in others)[:16]
+    own = [(name, p) for name, p in model.named_parameters() if id(p) not in others]
+    return _digest(own if types else [(name, p.detach().float()) for name, p in own])[:16]
 
 def weights_fingerprint(
     model,  # a transformers model
 ) -> str:  # 16 hex digits
-    "Hash of configuration and of up to 4096 spaced values of each weight, whatever its processor."
+    "Hash of configuration and of all bytes of each weight, whatever its processor."
     config = {k: v for k, v in model.config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
     return short_hash(config, _digest(model.named_parameters()))
 
@@ -374,9 +638,10 @@ def processor_fingerprint(
     processor,  # a transformers processor
 ) -> str:  # 16 hex digits
     "Hash of template, tokenizer and all settings."
-    backend = getattr(processor.tokenizer, "backend_tokenizer", None)
-    tokens = backend.to_str() if backend is not None else processor.tokenizer.get_vocab()
-    return short_hash(processor.chat_template or "", processor.to_dict(), tokens)
+    tokenizer, own = tokenizer_of(processor), processor.to_dict() if hasattr(processor, "to_dict") else {}
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    tokens = tokenizer.get_vocab() if backend is None else _without(json.loads(backend.to_str()), _ASKED)
+    return short_hash(processor.chat_template or "", own, tokens)
 
 # %% ../nbs/06a_store.ipynb #hardware
 def hardware() -> dict:

@@ -45,8 +45,8 @@ def vhs_question(text, reply, needles, where):
     answer = yes_or_no(reply)
     if answer is None: raise ValueError(f"{where}: the answer is {reply!r}, not yes or no")
     words = found["anchor"].lower(), found["target"].lower(), (found["kind"] or "single").lower()
-    ours = Question(*words, answer, needles)
-    return ours if ours.text == text else Question(*words, answer, needles, text)
+    ours = Question(*words, answer, needles, where=where)
+    return ours if ours.text == text else Question(*words, answer, needles, text, where=where)
 
 # %% ../nbs/07a_vhs.ipynb #read-entries
 def _parsed(text, path, what, first=1):
@@ -94,7 +94,8 @@ def read_field(
     if name not in record: raise ValueError(f"{where}: the field {name!r} is missing")
     value = record[name]
     if not isinstance(value, kind):
-        raise ValueError(f"{where}: the field {name!r} is a {type(value).__name__}, not a {kind.__name__}")
+        wanted = " or a ".join(k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,)))
+        raise ValueError(f"{where}: the field {name!r} is a {type(value).__name__}, not a {wanted}")
     return value
 
 def read_texts(

@@ -276,3 +276,8 @@ def build(family):
         torch.manual_seed(len(name))
         return make(name).eval()
     return reads, seeded
+
+
+def checkpointing(model):
+    "What turns activation checkpointing on: older versions of transformers know one name, newer ones the other."
+    return getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable

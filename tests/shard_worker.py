@@ -117,6 +117,26 @@ def resume(folder):
             made[run].save_model(str(folder/f"{name}-{run}/model"))
 
 
+def cached(folder):
+    "Three epochs of one step, with what the teacher says kept for later epochs, for another run, and for one that goes on."
+    from laid_nb.folder import TensorFolder
+    save, written = TensorFolder.save, []
+    TensorFolder.save = lambda self, key, tensors: written.append(f"{self.path.name}/{key}") or save(self, key, tensors)
+    features = pool()
+    for engine, settings in (("ddp", {}), ("fsdp", FSDP | dict(teacher_placement="shard"))):
+        keep_at = dict(teacher_cache=str(folder/f"cache-{engine}"))
+        runs = {"plain": {}, "first": keep_at | dict(save_strategy="steps", save_steps=1), "other": keep_at, "on": keep_at}
+        for name, more in runs.items():
+            fresh()
+            made = trainer(folder/"cached"/engine/name, 1, 3, features, **settings, **more)
+            made.train(resume_from_checkpoint=str(folder/"cached"/engine/"first/checkpoint-2") if name == "on" else None)
+            keep(made, folder/f"cached-{engine}-{name}")
+            found = dict(written=written[:], asked=made.cached and made.cached.asked, found=made.cached and made.cached.found)
+            Path(folder, f"cached-{engine}-{name}-{made.args.process_index}").write_text(json.dumps(found))
+            written.clear()
+    TensorFolder.save = save
+
+
 def half(folder):
     "bf16 autocast under FSDP2."
     fresh()

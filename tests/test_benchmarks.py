@@ -9,7 +9,7 @@ import pytest
 FOLDER = Path(__file__).parent.parent/"benchmarks"
 
 
-@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("cache", "kept"), ("inspector", "median ms"),
+@pytest.mark.parametrize("name, column", [("spectra", "tokens"), ("mixing", "tokens"), ("attention", "tokens"), ("step", "tokens"), ("cache", "kept"),
                                           ("gpu", "SFT + KL, dense logits")])
 def test_quick_run_prints_a_table_and_writes_nothing(name, column):
     results = FOLDER.parent/"data/results"

@@ -1,6 +1,7 @@
 """What was computed once: the same losses, no second reading of the teacher, and nothing found that does not belong."""
 import copy
 import functools
+import json
 import os
 import signal
 import subprocess
@@ -11,17 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback
 
 from laid_nb.anchors import anchor_config, build_processor
 from laid_nb.cache import cached_teacher, draw_subset, from_bits, to_bits, token_counts
+from laid_nb.cli import main
 from laid_nb.folder import Damaged
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import HaystackCollator, StoredSamples, image_inputs, precompute
 from laid_nb.losses import laid_loss
 from laid_nb.parts import MixingPart
 from laid_nb.simulate import WindowSimulation
+from laid_nb.store import save_model
 from laid_nb.train import LaidConfig, LaidTrainer
 
 SIZES = {"student": (2, 2), "teacher": (3, 3)}  # layers, heads
@@ -445,3 +449,28 @@ def test_a_stored_pool_trains_as_one_in_memory(run, processor, haystacks, pool, 
     for settings in (dict(method="laid"), dict(method="kd", recompose=.5)):
         a, b = run(data=stored, **settings)[0], run(data=pool, **settings)[0]
         assert losses(a) == losses(b)
+
+
+# --- the command --------------------------------------------------------------------
+def test_one_command_trains_with_a_cache_goes_on_with_it_and_refuses_another(tmp_path, capsys, processor):
+    "Two epochs over drawn haystacks, in two orders; the run that goes on finds all that it reads."
+    for name, seed in (("student", None), ("teacher", None), ("other", 9)): save_model(tiny(name.replace("other", "teacher"), seed), processor, tmp_path/name)
+    plain = dict(student=tmp_path/"student", teacher=tmp_path/"teacher", sizes="2,3", haystacks=4, use_cpu=True, report_to="none", disable_tqdm=True, num_train_epochs=2, gradient_accumulation_steps=1,
+                 save_strategy="epoch", logging_steps=1, learning_rate=1e-3)
+    def laid(out, **more):
+        given = plain | dict(output_dir=tmp_path/out) | more
+        code = main(["train", "--pictures", *(str(x) for name, value in given.items() for x in (f"--{name}", value))])
+        if code: return capsys.readouterr().err
+        state = json.loads((tmp_path/out/"checkpoint-8"/"trainer_state.json").read_text())["log_history"]
+        return [h["loss"] for h in state if "loss" in h], load_file(tmp_path/out/"model"/"model.safetensors")
+    cache = dict(teacher_cache=tmp_path/"cache")
+    whole, first = laid("whole"), laid("first", **cache)
+    kept = {f: f.stat().st_mtime_ns for f in (tmp_path/"cache").rglob("*.safetensors")}
+    again = laid("again", resume_from_checkpoint=tmp_path/"first"/"checkpoint-4", **cache)
+    assert len(whole[0]) == 8 and first[0] == pytest.approx(whole[0], rel=1e-5) and again[0] == first[0]
+    assert all(torch.equal(x, again[1][name]) for name, x in first[1].items())
+    assert len(entries(tmp_path/"cache")) == 4 and kept == {f: f.stat().st_mtime_ns for f in (tmp_path/"cache").rglob("*.safetensors")}
+    for field, more in (("teacher", dict(teacher=tmp_path/"other")), ("data", dict(seed=3)), ("settings.layers", dict(layers="0:1"))):
+        said = laid("refused", **cache | more)
+        assert "laid: error: " in said and f"was made for something else: {field} is " in said, said
+        assert not (tmp_path/"refused").exists()

@@ -16,6 +16,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from families import checkpointing
 from laid_nb import capture as module
 from laid_nb.capture import _extend_heads, capture, captures_of, intercept, residual_streams, text_attentions
 
@@ -272,14 +273,14 @@ def test_checkpointing_gives_the_same_gradient(rotated, biased):
     model, inputs = build("qwen2_5_vl", "sdpa").train(), batch("left")
     kw = dict(rotated=rotated, bias=torch.rand(2, 1, 9, 9) if biased else None)
     plain = gradients(model, inputs, **kw)
-    model.activation_checkpointing_enable()
+    checkpointing(model)()
     again = gradients(model, inputs, **kw)
     assert len(plain) == len(again) > 10
     for a, b in zip(plain, again): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 def test_reentrant_checkpointing_refused_on_entry():
     model = build("llama", "sdpa").train()
-    model.activation_checkpointing_enable({"use_reentrant": True})
+    checkpointing(model)({"use_reentrant": True})
     with pytest.raises(ValueError, match="use_reentrant"):
         with capture(model): pass
     with capture(model, []): pass                                             # nothing recorded, nothing to lose
@@ -289,7 +290,7 @@ def test_reentrant_checkpointing_refused_on_entry():
 def test_reentrant_checkpointing_refused_in_backward():
     model, inputs = build("llama", "sdpa").train(), batch("none")
     with capture(model) as cache:
-        model.activation_checkpointing_enable({"use_reentrant": True})
+        checkpointing(model)({"use_reentrant": True})
         loss = losses(model, inputs, cache)
         with pytest.raises(RuntimeError, match="use_reentrant"): loss.backward()
 
@@ -545,7 +546,7 @@ def test_long_factors_without_padding_make_no_mask():
 def test_factors_under_checkpointing(always_wide):
     model, inputs = build("qwen2_5_vl", "sdpa").train(), batch("none")
     plain = gradients(model, inputs, bias=factors())
-    model.activation_checkpointing_enable()
+    checkpointing(model)()
     for a, b in zip(plain, gradients(model, inputs, bias=factors()), strict=True): torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 
 @pytest.mark.parametrize("padding", ["none", "left"])
@@ -595,7 +596,7 @@ def test_gain_under_checkpointing():
     def gradient():
         with capture(model, gain={0: scale, 1: scale}) as cache: return torch.autograd.grad(losses(model, inputs, cache), scale.weight)[0]
     plain = gradient()
-    model.activation_checkpointing_enable()
+    checkpointing(model)()
     torch.testing.assert_close(gradient(), plain, rtol=0, atol=1e-10)
 
 def test_gain_may_change_and_wrong_ones_are_refused():

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import nbformat
@@ -21,17 +22,17 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from laid_nb import __version__, cli, demo, inspector, serve
+from laid_nb import __version__, cli, demo, explore, inspector, serve
 from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
-from laid_nb.inputs import OURS, encode
+from laid_nb.inputs import OURS, PROMPT_FILE, encode
 from laid_nb.script import number_list
 from laid_nb.spectra import distance_response
 from laid_nb.store import EMBEDDED, load_model, save_model, slug
-from laid_nb.vhs import export_vhs
+from laid_nb.vhs import VHS_PROMPT, export_vhs
 
 
 def tiny(folder, processor, name, layers, heads, head_dim=32, break_it=None):
@@ -81,7 +82,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"laid {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "eval", "spectra", "inspect", "anchors"])
+@pytest.mark.parametrize("command", ["demo", "train", "check", "eval", "spectra", "inspect", "anchors", "real"])
 def test_every_command_has_help(command, capsys):
     ok([command, "--help"])
     assert "--out" in capsys.readouterr().out
@@ -401,7 +402,7 @@ def test_model_without_rope(pair, work, capsys, tmp_path_factory, processor):
 def test_nan_in_a_loss(pair, work, capsys, tmp_path_factory, processor):
     folder = tmp_path_factory.mktemp("nan")
     tiny(folder/"student", processor, "student", 2, 2, break_it=lambda model: model.lm_head.weight.data.fill_(float("nan")))
-    refused(capsys, work, train_line(pair/"teacher", folder/"student", "--output_dir", "run"), "'sft' is nan")
+    refused(capsys, work, train_line(pair/"teacher", folder/"student", "--output_dir", "run"), "lm_head.weight of the student is not finite")
     refused(capsys, work, ["eval", folder/"student", "--pictures", "--sizes", "1", "--questions", "1"], "not finite")
 
 
@@ -424,59 +425,113 @@ def test_checkpoint_that_is_cut(pair, work, capsys, tmp_path_factory):
 # --- laid inspect -------------------------------------------------------------
 
 @pytest.fixture
-def served(monkeypatch):
-    "What the server was called with."
-    calls = []
-    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
-    return calls
+def shown(monkeypatch):
+    "Pages at the moment when the command would wait for Ctrl-C."
+    pages = []
+    def wait(server):
+        with urllib.request.urlopen(server.url) as reply: pages.append(reply.read().decode())
+        server.shutdown()
+        server.server_close()
+    monkeypatch.setattr(explore.PageServer, "wait", wait)
+    monkeypatch.setattr(explore.webbrowser, "open", lambda url: None)
+    return pages
 
 
-def listed(folder="laid-inspect"):
-    "Names and files in the notebook, as its code has them."
-    notebook = nbformat.read(f"{folder}/inspect.ipynb", 4)
-    nbformat.validate(notebook)
-    found = {}
-    exec(re.search(r"^files = \{.*?^\}", "\n".join(c.source for c in notebook.cells if c.cell_type == "code"), re.S | re.M)[0], found)
-    return found["files"]
+def views(page): return [json.loads(text)["view"] for text in re.findall(r'class="laid-data">(.*?)</script>', page)]
 
 
-def test_inspect_reads_a_model_once(pair, work, served, monkeypatch):
-    read, reads = serve.read_heads, []
-    monkeypatch.setattr(serve, "read_heads", lambda model, processor, haystacks, name: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name))
+def test_inspect_reads_a_model_once(pair, work, shown, monkeypatch):
+    read, reads = inspector.read_heads, []
+    monkeypatch.setattr(inspector, "read_heads", lambda model, processor, haystacks, name, **rest: reads.append([len(h.images) for h in haystacks]) or read(model, processor, haystacks, name, **rest))
     def run(*more):
         reads.clear()
-        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", "--port", 1234, *more])
+        ok(["inspect", pair/"teacher", pair/"student", "--haystacks", 2, "--no-browser", *more])
         return reads
     assert run("--sizes", "1,3") == [[1, 1], [3, 3]]*2
-    files = listed()
-    assert list(files) == ["teacher", "student"] and [inspector.HeadSpectra.load(f).images for f in files["student"]] == [1, 3]
-    assert run("--sizes", "1,3") == [] and listed() == files
-    assert run("--sizes", "1,3,4") == [[4, 4]]*2 and run("--sizes", "3", "--seed", 1) == [[3, 3]]*2
-    assert served[0] == (Path("laid-inspect/inspect.ipynb"), 1234, False, False)
+    looks, heads = views(shown[0])
+    assert [m["name"] for m in heads["models"]] == ["teacher", "student"] and heads["sizes"] == [1, 3]
+    assert [h["images"] for h in looks["haystacks"]] == [1, 3] and Path("laid-inspect/index.html").read_text() == shown[0]
+    monkeypatch.setattr(explore, "load_model", None)
+    assert run("--sizes", "1,3") == [] and shown[1] == shown[0]
+    monkeypatch.undo()
 
 
-def test_inspect_opens_the_embedded_models_without_reading(work, served, monkeypatch):
-    monkeypatch.setattr(serve, "load_model", None)
-    ok(["inspect", "--lab"])
-    assert {name: [(s.name, s.images) for s in map(inspector.HeadSpectra.load, files)] for name, files in listed().items()} == {name: [(name, n) for n in serve.READ["sizes"]] for name in EMBEDDED}
-    assert served[0][2:] == (True, True)
+def test_inspect_opens_the_embedded_models_without_reading(work, shown, monkeypatch):
+    monkeypatch.setattr(explore, "load_model", None)
+    ok(["inspect"])
+    assert [[m["name"] for m in view["models"]] for view in views(shown[0]) if view["kind"] == "heads"] == [list(EMBEDDED)]
+    assert Path("laid-inspect/open.html").stat().st_mode & 0o077 == 0 and "token=" in Path("laid-inspect/open.html").read_text()
 
 
-def test_inspect_reads_the_haystacks_of_files(pair, files, work, served):
+def test_inspect_reads_the_haystacks_of_files(pair, files, work, shown):
     ok(["inspect", pair/"student", *files()])
-    assert [inspector.HeadSpectra.load(f).images for f in listed()["student"]] == [2]
+    assert views(shown[0])[-1]["sizes"] == [2]
+
+
+def test_inspect_in_jupyterlab(work, monkeypatch):
+    calls = []
+    monkeypatch.setattr(serve, "serve", lambda *args: calls.append(args))
+    ok(["inspect", "--lab"])
+    notebook = nbformat.read("laid-inspect/inspect.ipynb", 4)
+    nbformat.validate(notebook)
+    assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True, True)
+    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="JupyterLab is not installed: pip install jupyterlab"): cli.inspect(lab=True)
 
 
 @pytest.mark.parametrize("options, words", [(("./nowhere",), ("./nowhere",)), (("--sizes", "0"), ("--sizes",)), (("--port", "http"), ("'http'",)), (("--data", "a.json"), ("--image_root",))])
-def test_bad_arguments_of_inspect(options, words, work, served, capsys):
+def test_bad_arguments_of_inspect(options, words, work, shown, capsys):
     refused(capsys, work, ["inspect", *options], *words)
-    assert not served
+    assert not shown
 
 
-def test_inspect_says_what_is_missing(work, served, capsys, monkeypatch):
-    monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
-    refused(capsys, work, ["inspect"], 'pip install "laid_nb[inspect]"')
-
-
-def test_inspect_wants_a_port_that_is_free(work, served, capsys):
+def test_inspect_wants_a_port_that_is_free(work, shown, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken: refused(capsys, work, ["inspect", "--port", taken.getsockname()[1]], str(taken.getsockname()[1]), "in use")
+
+
+# --- the prompt, the dtype, and evaluation during training ----------------------
+
+def test_eval_asks_as_the_training_did_and_says_so(pair, work, capsys):
+    export_vhs(drawn_test([2], 2), work/"vhs-files")
+    files = ["--data", work/"vhs-files", "--image_root", work/"vhs-files"/"images"]
+    line = ["train", "--student", pair/"student", "--method", "sft", *files, "--max_steps", "1", "--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
+    ok([*line, "--prompt", "Yes or no? ", "--output_dir", "own"])
+    ok([*line, "--output_dir", "vhs"])
+    assert [json.loads(Path(name, "model", PROMPT_FILE).read_text())["prompt"] for name in ("own", "vhs")] == ["Yes or no? ", VHS_PROMPT]
+    capsys.readouterr()
+    def said(model, *more):
+        Path("a.jsonl").unlink(missing_ok=True)
+        ok(["eval", model, "--out", "a.jsonl", *more])
+        return read_records("a.jsonl")[0]["prompt"], capsys.readouterr().out.splitlines()[0]
+    assert said("own/model", *files) == ("Yes or no? ", f"prompt of the model's training: 'Yes or no? '; of the benchmark vhs: {VHS_PROMPT!r}")
+    assert said("own/model", *files, "--prompt", "Look. ")[1].startswith("prompt as given: 'Look. '; of the model's training: 'Yes or no? '")
+    assert said("vhs/model", *files) == (VHS_PROMPT, f"prompt of the model's training: {VHS_PROMPT!r}")
+    assert said(pair/"student", *files) == (VHS_PROMPT, f"prompt of the benchmark vhs: {VHS_PROMPT!r}")
+    assert said(pair/"student", "--pictures", "--sizes", "1", "--questions", "1") == ("", "prompt of drawn haystacks: ''")
+
+
+def test_eval_in_another_dtype_or_attention_is_another_file(pair, work, capsys):
+    line = ["eval", pair/"student", "--pictures", "--sizes", "1", "--questions", "2", "--out", "a.jsonl"]
+    ok(line)
+    assert {k: read_records("a.jsonl")[0][k] for k in ("dtype", "attention")} == dict(dtype="float32", attention="sdpa")
+    refused(capsys, work, [*line, "--dtype", "bfloat16"], "another model, dtype")
+    refused(capsys, work, [*line, "--attn_implementation", "eager"], "another attention")
+    refused(capsys, work, [*line, "--attn_implementation", "nonsense"], "cannot load the model")
+    refused(capsys, work, [*line, "--dtype", "int3"], "int3")
+    ok([*line[:-1], "b.jsonl", "--dtype", "bfloat16", "--attn_implementation", "eager"])
+    assert {k: read_records("b.jsonl")[0][k] for k in ("dtype", "attention")} == dict(dtype="bfloat16", attention="eager")
+
+
+def test_train_evaluates_as_it_goes(pair, work, capsys):
+    plain = ["train", "--student", pair/"student", "--method", "sft", "--use_cpu", "true", "--report_to", "none"]
+    line = [*plain, "--pictures", "--haystacks", "2", "--sizes", "2", "--max_steps", "2", "--save_strategy", "steps", "--save_steps", "2"]
+    ok([*line, "--eval_sizes", "1,2", "--eval_questions", "4", "--eval_steps", "1", "--output_dir", "a"])
+    log = json.loads((work/"a/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    asked = [h for h in log if "eval_window" in h]
+    assert [h["step"] for h in asked] == [0, 1, 2] and all({"eval_accuracy_1", "eval_accuracy_2"} <= h.keys() for h in asked)
+    export_vhs(drawn_test([2], 2), work/"vhs-files")
+    files = ["--data", work/"vhs-files", "--image_root", work/"vhs-files"/"images"]
+    capsys.readouterr()
+    ok([*plain, *files, "--eval_data", work/"vhs-files", "--max_steps", "1", "--save_strategy", "no", "--output_dir", "b"])
+    assert "questions of the test were in the training" in capsys.readouterr().err
+    refused(capsys, work, [*line, "--eval_sizes", "1", "--eval_data", "x.json", "--output_dir", "c"], "--eval_data or --eval_sizes")

@@ -13,7 +13,7 @@ def test_claim_resumes_refuses_and_starts_anew(tmp_path):
     (out/"records").mkdir()
     (out/"mine.txt").write_text("of the user")
     _claim(out, {"steps": 2, "sizes": (1, 2)}, True)
-    assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt"]
+    assert sorted(p.name for p in out.iterdir()) == ["demo.json", "mine.txt", "records"]
     (tmp_path/"other").mkdir()
     (tmp_path/"other/a.txt").write_text("x")
     with pytest.raises(ValueError, match="holds no demo"): _claim(tmp_path/"other", {}, True)

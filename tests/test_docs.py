@@ -16,6 +16,7 @@ mkdocs = pytest.importorskip("mkdocs_jupyter")
 import build
 import reference
 from check import check
+from laid_nb.page import standalone
 
 ROOT = Path(__file__).parents[1]
 PNG = base64.b64encode(base64.b64decode("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")).decode()
@@ -114,10 +115,33 @@ def test_a_page_of_the_site_may_be_named_too(links): assert links("[a](experimen
 
 def test_the_front_page_shows_the_figure_first_and_of_code_what_it_shows():
     table = dict(output_type="execute_result", data={"text/markdown": ["| a |\n", "|---|"]}, metadata={})
-    made = build.home(notebook(text("# T\n\nWhy.\n\n## Next\nMore."), code("Markdown(x)", table), text("![A line](figures/x.png)\n\nHow to read it.")), "<p>{figure}</p>")
+    made = build.home(notebook(text("# T\n\nWhy.\n\n## Next\nMore."), code("Markdown(x)", table), text("![A line](figures/x.png)\n\nHow to read it.")), "<p>{viewer}</p>")
     first, shown, last = (build.joined(c["source"]) for c in made["cells"])
-    assert re.fullmatch(r'# T\n\nWhy\.\n\n<p><a .*<img src="figures/x.png" alt="A line"></a></p>\n\n## Next\nMore\.', first)
-    assert shown == "| a |\n|---|" and last == "How to read it."
+    assert first == "# T\n\nWhy.\n\n## Next\nMore." and shown == "| a |\n|---|"
+    assert re.match(r'<p><div class="laid-static"><noscript><a .*<img src="figures/x.png" alt="A line"></a></noscript><script type="application/json"', last) and last.endswith("</p>\n\nHow to read it.")
+    with pytest.raises(build.Refused, match="needs a picture"): build.home(notebook(text("# T")), "")
+
+# --- views that answer without a kernel -------------------------------------------
+def view_output(state=None): return standalone(state or dict(view=dict(kind="heads", name="</script><b>")), "in words", f"data:image/png;base64,{PNG}")
+
+def test_of_a_view_its_arrays_stay_and_its_picture_becomes_a_file(links, tmp_path):
+    (output,) = build.outputs(code("x", image(**{"text/html": view_output(), "application/vnd.jupyter.widget-view+json": {"model_id": "1"}}) | dict(data={"text/html": view_output()})), None, "here", links)
+    (shown,) = output["data"]["text/html"]
+    assert shown.count("<script") == 1 and "<style" not in shown and 'alt="in words"' in shown and "base64" not in shown.split("<script")[0]
+    assert (tmp_path/re.search(r'<noscript>.*?src="([^"]+)"', shown)[1]).exists()
+
+def test_a_theme_keeps_data_and_drops_scripts():
+    kept = '<script type="application/json" class="laid-data">{"a": 1}</script>'
+    assert build.themed(f"<style>x</style><script>y</script>{kept}<script src='z'></script>") == kept
+
+def test_all_code_of_an_experiment_is_folded(names):
+    for path, why in ((Path("experiments/why.ipynb"), ["laid-fold-code"]), (Path("00_rope.ipynb"), None)):
+        made = build.processed(path, notebook(text("# T"), code("x = 1\nx + 1")), build.Links(Path("nbs")/path, path.with_suffix(".html"), {}, names), names)
+        assert made["cells"][-1]["metadata"].get("tags") == why
+
+@pytest.mark.parametrize("latex, said", [(r"f(\Delta) = \sum_b \cos(\Delta\,\omega_b)", "f(Δ) = Σb cos(Δωb)"), (r"\frac{1}{n}", "1/n"), ("a_{mn}", "amn"), (r"x \le 2\pi", "x ≤2π")])
+def test_formulas_of_the_search_are_text(latex, said):
+    assert build.maths_as_text(latex).replace(" ", "") == said.replace(" ", "")
 
 # --- the built site -----------------------------------------------------------
 def site(tmp_path, **pages):
@@ -159,9 +183,9 @@ def test_navigation_follows_the_files():
     nav = build.navigation(titles, ["rope"], {"your_pair.md": "Your own pair", "glossary.md": "Glossary"})
     sections = {k: v for item in nav for k, v in item.items()}
     pages = {k: [next(iter(i.values())) for i in v] for k, v in sections.items() if isinstance(v, list)}
-    assert list(sections) == ["Home", "Understand", "Use", "Evidence", "API", "Glossary"]
+    assert list(sections) == ["Home", "Play", "Understand", "Use", "Evidence", "API", "Glossary"] and pages["Play"] == ["play.md", "12a_more.ipynb"]
     assert pages["Understand"] == ["00_rope.ipynb", "05_gain.ipynb"]
-    assert pages["Use"] == ["06_window.ipynb", "12a_more.ipynb", "13_cli.ipynb", "your_pair.md", "cli.md"]
+    assert pages["Use"] == ["06_window.ipynb", "13_cli.ipynb", "your_pair.md", "cli.md"]
     assert pages["Evidence"] == ["experiments/why.ipynb"] and pages["API"] == ["api/index.md", "api/rope.md"]
 
 def test_a_notebook_without_a_place_is_refused():

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
+from families import checkpointing
 from laid_nb.capture import capture
 from laid_nb.gain import RopeGain, fold_gain, folded_parameters, folded_state, gain_folds, plot_gain, rope_gains
 from laid_nb.rope import RopeSpec, rope_spec
@@ -203,7 +204,7 @@ def test_gradient_under_checkpointing():
             loss = model(**inputs, labels=inputs["input_ids"], use_cache=False).loss + cache["q", 0].pow(2).mean()
             return torch.autograd.grad(loss, list(gains.parameters()))
     plain = gradients()
-    model.activation_checkpointing_enable()
+    checkpointing(model)()
     for a, b in zip(plain, gradients()): torch.testing.assert_close(a, b)
 
 @pytest.mark.parametrize("how", ["weights", "autocast"])

@@ -1,23 +1,39 @@
 """The inspector of heads, without a browser: reading, files, state, pictures, and what goes to the page."""
 import base64
 import copy
+import io
+import json
+import re
 from dataclasses import replace
 
+import ipywidgets as widgets
 import numpy as np
 import pytest
 import torch
 import transformers as t
+from matplotlib.figure import Figure
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 import families
 from laid_nb.align import turning_pairs
-from laid_nb.attention import said_of_layers
 from laid_nb.capture import capture
 from laid_nb.haystack import Haystack, passage_haystack, picture_haystack
 from laid_nb.inputs import encode, image_inputs, read_groups, read_positions
-from laid_nb.inspector import _MAPS, HeadGrid, HeadInspector, HeadSpectra, _png, head_limits, plot_head, read_heads
+from laid_nb.inspector import (
+    HeadGrid,
+    HeadInspector,
+    HeadSpectra,
+    Inspector,
+    _passes,
+    best_head,
+    head_limits,
+    plot_head,
+    read_heads,
+)
+from laid_nb.page import embedded
 from laid_nb.parts import MixingPart
-from laid_nb.rope import RopeSpec
+from laid_nb.rope import RopeSpec, rope_spec
 from laid_nb.spectra import position_response
 from laid_nb.store import data_path
 from laid_nb.train import quiet_training
@@ -107,92 +123,108 @@ def test_what_cannot_be_shown_together(spectra, message):
     with pytest.raises(ValueError, match=message): HeadInspector(spectra)
 
 
-@pytest.mark.parametrize("name, value", [("model", "student"), ("images", 5), ("unit", "positions"), ("layer", 0), ("head", 0), ("overlay", False)])
-def test_a_trait_moves_its_control_and_the_picture(inspector, name, value):
-    if name == "model": inspector.overlay = False  # else the same three heads stay
-    before = inspector.picture.value
-    assert getattr(inspector, name) != value
+# --- state ---------------------------------------------------------------------
+def test_it_opens_on_each_models_best_head_at_the_largest_size(inspector):
+    assert inspector.images == 20
+    for s, layer, head in inspector.heads():
+        assert s.needle[layer, head] == s.needle.max() and s.images == 20
+
+
+def test_layers_that_were_not_measured_are_never_the_best():
+    s = fake("teacher", 3, 2, 1, 16)
+    needle = s.needle.clone()
+    needle[1] = torch.nan
+    assert best_head(replace(s, needle=needle))[0] != 1
+    assert best_head(replace(s, needle=torch.full_like(needle, torch.nan))) == [0, 0]
+
+
+@pytest.mark.parametrize("name, value", [("images", 5), ("unit", "positions"), ("map", "slow"), ("chosen", dict(teacher=[0, 0], student=[2, 1], distilled=[1, 0]))])
+def test_a_trait_is_state_of_the_page(inspector, name, value):
+    assert inspector.state[name] != value
     setattr(inspector, name, value)
-    assert inspector.controls[name].value == value and inspector.picture.value != before and not inspector.message.value
+    assert inspector.state[name] == value and inspector.get_state()[name] == value
 
 
-@pytest.mark.parametrize("name, value", [("model", "distilled"), ("images", 5), ("unit", "positions"), ("layer", 1), ("overlay", False)])
-def test_a_control_moves_its_trait(inspector, name, value):
-    if name == "model": inspector.overlay = False
-    before = inspector.picture.value
-    inspector.controls[name].value = value
-    assert getattr(inspector, name) == value and inspector.picture.value != before
+def test_another_head_of_one_model_leaves_the_others(inspector):
+    before = dict(inspector.chosen)
+    inspector.choose("student", 2, 1)
+    assert inspector.chosen == before | {"student": [2, 1]} and "student, layer 2, head 1" in inspector.describe()
 
 
-@pytest.mark.parametrize("name", _MAPS)
-def test_the_grid_shows_the_map(inspector, name):
-    inspector.map = name
-    assert np.array_equal(np.frombuffer(inspector.grid.values, np.float32), getattr(inspector.shown, _MAPS[name]).numpy().ravel()) and name in inspector.grid.title
-    assert (inspector.grid.low, inspector.grid.high) == (0, 1)
+@pytest.mark.parametrize("name, value, message", [
+    ("images", 7, "images 7 is not there: 5, 20 are possible"), ("unit", "miles", "unit 'miles' is not there"), ("map", "sky", "map 'sky' is not there"),
+    ("chosen", dict(teacher=[0, 0]), "expected a head of each of teacher, student, distilled"),
+    ("chosen", dict(teacher=[4, 0], student=[0, 0], distilled=[0, 0]), r"teacher has no head \[4, 0\]: layer 0 to 3"),
+    ("chosen", dict(teacher=[0, 0], student=[0, -1], distilled=[0, 0]), r"student has no head \[0, -1\]")])
+def test_what_is_not_there_is_refused_and_changes_nothing(inspector, name, value, message):
+    before = inspector.state
+    with pytest.raises(ValueError, match=message): setattr(inspector, name, value)
+    assert inspector.state == before
 
 
-def test_hover_previews_and_a_click_stays(inspector):
-    chosen = inspector.picture.value
-    inspector.grid.hovered = [0, 1]
-    assert "teacher, layer 0, head 1" in inspector.picture.value
-    inspector.grid.hovered = []
-    assert inspector.picture.value == chosen
-    inspector.grid.selected = [1, 2]
-    assert (inspector.layer, inspector.head) == (1, 2) and inspector.kv_grid.selected == [1, 1]
-    inspector.kv_grid.selected = [3, 0]
-    assert (inspector.layer, inspector.head, inspector.grid.selected) == (3, 0, [3, 0])
+# --- what goes to the page -------------------------------------------------------
+def unpacked(one):
+    return np.frombuffer(base64.b64decode(one["base64"]), {"f4": "<f4", "f2": "<f2"}[one["type"]]).reshape(one["shape"])
 
 
-def test_another_model_keeps_the_place(inspector):
-    inspector.layer, inspector.head = 3, 3
-    inspector.model = "student"
-    assert (inspector.layer, inspector.head, inspector.grid.selected) == (2, 1, [2, 1]) and (inspector.grid.rows, inspector.grid.columns) == (3, 2)
-    assert [(s.name, *cell) for s, *cell in inspector.heads()] == [("teacher", 3, 3), ("student", 2, 1), ("distilled", 2, 1)]
-    inspector.model = "teacher"
-    assert (inspector.layer, inspector.head) == (3, 3)
+@pytest.mark.parametrize("name", ["response", "mass", "q_energy", "k_energy", "needle", "far", "edges", "position_wavelength"])
+def test_the_page_gets_the_arrays(inspector, name):
+    for model in inspector.view["models"]:
+        for size, packed in model["sizes"].items():
+            value = getattr(inspector.spectra[model["name"], int(size)], name)
+            np.testing.assert_allclose(unpacked(packed[name]), value.numpy(), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name, value", [("model", "uncle"), ("images", 7), ("layer", 4), ("head", -1), ("unit", "miles"), ("map", "sky")])
-def test_what_is_not_there_is_refused_and_changes_nothing(inspector, name, value):
-    before = getattr(inspector, name), inspector.picture.value
-    with pytest.raises(ValueError, match=f"{name} .* is not there: .* are possible"): setattr(inspector, name, value)
-    assert (getattr(inspector, name), inspector.picture.value) == before
+def test_power_goes_as_its_logarithm(inspector):
+    packed = inspector.view["models"][0]["sizes"]["5"]["log_power"]
+    np.testing.assert_allclose(10.**unpacked(packed).astype(float), SHIPPED[0].power.numpy(), rtol=1e-2)
 
 
-def test_an_error_is_shown_raised_and_forgotten(inspector, tmp_path):
-    inspector.file.value = str(tmp_path/"head.docx")
-    inspector.button.click()  # ipywidgets prints what a callback raises
-    assert "laid-error" in inspector.message.value and "docx" in inspector.message.value
-    inspector.head = 0
-    assert not inspector.message.value
+def test_slow_energy_of_a_query_head_is_that_of_its_key(inspector):
+    s, packed = SHIPPED[0], inspector.view["models"][0]["sizes"]["5"]["slow"]
+    slow = (s.spec.inv_freq*int(s.position_edges[-1]) < 2*np.pi*(1 - 1e-6))
+    expected = s.k_energy[..., slow].sum(-1)[:, [h*s.heads[2]//s.heads[1] for h in range(s.heads[1])]]
+    np.testing.assert_allclose(unpacked(packed), expected.numpy(), rtol=1e-3, atol=1e-6)
+
+
+def test_a_hundred_kilobytes_for_three_models(inspector):
+    "Reduced arrays, never tokens x tokens."
+    assert len(embedded(inspector.view)) < 100_000
+
+
+def test_a_model_of_a_thousand_heads_is_packed_small():
+    inspector = HeadInspector([fake("teacher", 28, 28, 4, 128)])
+    assert len(embedded(inspector.view)) < 2.7*28*28*(4*128 + 2*100 + 2*64)
+
+
+def test_html_stands_beside_the_live_view(inspector):
+    bundle, _ = inspector._repr_mimebundle_()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"] == inspector.describe()
+    state = json.loads(re.search(r'class="laid-data">(.*?)</script>', bundle["text/html"])[1])
+    assert state == json.loads(embedded(inspector.state))
+    picture = Image.open(io.BytesIO(base64.b64decode(re.search('src="data:image/png;base64,([^"]+)"', bundle["text/html"])[1])))
+    assert picture.size == (688, 448)
+
+
+def test_a_name_is_never_markup():
+    name = '<img src=x onerror="alert(1)"></script>'
+    html = HeadInspector([replace(SHIPPED[0], name=name)]).html()
+    assert "<img src=x" not in html and html.count("</script>") == 2
 
 
 @pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
-def test_the_button_writes_the_picture(inspector, tmp_path, ending, start):
-    inspector.file.value = str(tmp_path/f"head.{ending}")
-    inspector.button.click()
-    assert (tmp_path/f"head.{ending}").read_bytes().startswith(start) and "written" in inspector.message.value
+def test_a_picture_is_saved(inspector, tmp_path, ending, start):
+    inspector.save(tmp_path/f"head.{ending}")
+    assert (tmp_path/f"head.{ending}").read_bytes().startswith(start)
 
 
-def test_a_picture_stands_beside_the_live_view(inspector):
-    bundle = inspector._repr_mimebundle_()
-    assert base64.b64decode(bundle["image/png"]) == _png(plot_head(inspector.heads(), inspector.limits, inspector.unit))
-    assert "application/vnd.jupyter.widget-view+json" in bundle and bundle["text/plain"] == inspector.describe()
-
-
+# --- pictures -------------------------------------------------------------------
 def test_ranges_hold_every_head_and_do_not_move(inspector):
     axes = [a.get_ylim() for a in inspector.draw().axes]
-    inspector.model, inspector.images, inspector.layer = "student", 5, 0
+    inspector.images, inspector.chosen = 5, dict.fromkeys(inspector.names, [0, 0])
     assert [a.get_ylim() for a in inspector.draw().axes] == axes
     limits = head_limits(SHIPPED)
     assert all(limits["response"][1] >= s.response.abs().max() and limits["energy"][1] >= s.q_energy.max() for s in SHIPPED)
-
-
-def test_only_what_is_seen_goes_to_the_page():
-    "64 layers of 40 heads and 2,048 distances are 21 MB; a grid is 4 bytes a head, a picture a PNG."
-    inspector = HeadInspector([fake("teacher", 64, 40, 8, 2048)])
-    sent = sum(len(v) for w in (inspector.grid, inspector.kv_grid, inspector.picture) for v in w.get_state().values() if isinstance(v, (bytes, memoryview, str)))
-    assert len(inspector.grid.values) == 4*64*40 and sent < 250_000
 
 
 def test_thousands_of_distances_are_drawn_as_few():
@@ -206,8 +238,50 @@ def test_thousands_of_distances_are_drawn_as_few():
 def test_models_without_sections_and_with_every_head_its_own_keys():
     s = fake("text", 2, 4, 4, 64)
     s = replace(s, spec=RopeSpec(s.spec.inv_freq, torch.zeros(64, dtype=torch.long), 128))
-    inspector = HeadInspector([s])
-    assert (inspector.grid.group, inspector.kv_grid.columns) == (1, 4)
+    (model,) = HeadInspector([s]).view["models"]
+    assert (model["heads"], model["kv_heads"]) == (4, 4) and set(model["rope"]["usual"]["axis"]) == {0}
+
+
+# --- the widgets that the kernel draws --------------------------------------------
+class Turns(Inspector):
+    "A slider above a curve; seven is refused."
+    def __init__(self):
+        self.turns = widgets.IntSlider(3, 1, 9)
+        self.turns.observe(self.redraw, "value")
+        super().__init__(self.turns)
+        self.redraw()
+
+    def describe(self): return f"{self.turns.value} <b>turns"
+
+    def draw(self):
+        if self.turns.value == 7: raise ValueError("seven is refused")
+        figure = Figure(figsize=(2, 1), dpi=80)
+        figure.subplots().plot(np.sin(np.linspace(0, self.turns.value, 99)))
+        return figure
+
+
+def test_an_error_is_shown_raised_and_forgotten(tmp_path):
+    inspector = Turns()
+    inspector.file.value = str(tmp_path/"head.docx")
+    inspector.button.click()  # ipywidgets prints what a callback raises
+    assert "laid-error" in inspector.message.value and "docx" in inspector.message.value
+    inspector.turns.value = 4
+    assert not inspector.message.value
+
+
+@pytest.mark.parametrize("ending, start", [("png", b"\x89PNG"), ("svg", b"<?xml"), ("pdf", b"%PDF")])
+def test_the_button_writes_the_picture(tmp_path, ending, start):
+    inspector = Turns()
+    inspector.file.value = str(tmp_path/f"head.{ending}")
+    inspector.button.click()
+    assert (tmp_path/f"head.{ending}").read_bytes().startswith(start) and "written" in inspector.message.value
+
+
+def test_a_picture_stands_beside_the_live_view():
+    inspector = Turns()
+    bundle = inspector._repr_mimebundle_()
+    assert base64.b64decode(bundle["image/png"]).startswith(b"\x89PNG") and bundle["text/plain"] == inspector.describe()
+    assert "application/vnd.jupyter.widget-view+json" in bundle and "<b>" not in inspector.picture.value
 
 
 @pytest.mark.parametrize("values", [torch.zeros(3), torch.zeros(1, 2, 3)])
@@ -220,7 +294,7 @@ NEAR_FAR, MOE = ["sliding_attention", "full_attention"], dict(num_local_experts=
 UNEVEN = {  # family -> (classes, settings, layers without attention, layers without energy by band)
     "cohere2": ((t.Cohere2ForCausalLM, t.Cohere2Config), dict(sliding_window=24, layer_types=NEAR_FAR), [0], [1]),
     "exaone4": ((t.Exaone4ForCausalLM, t.Exaone4Config), dict(sliding_window=24, sliding_window_pattern="LG", layer_types=NEAR_FAR), [0], [1]),
-    "gemma3": ((t.Gemma3ForCausalLM, t.Gemma3TextConfig), dict(sliding_window=24, layer_types=NEAR_FAR, query_pre_attn_scalar=8, rope_parameters=None), [0], [0]),
+    "gemma3": ((t.Gemma3ForCausalLM, t.Gemma3TextConfig), dict(sliding_window=24, layer_types=NEAR_FAR, query_pre_attn_scalar=8, rope_parameters=None), [0], []),
     "smollm3": ((t.SmolLM3ForCausalLM, t.SmolLM3Config), dict(no_rope_layers=[1, 0], use_sliding_window=False, layer_types=["full_attention"]*2), [], [1]),
     "gpt_oss": ((t.GptOssForCausalLM, t.GptOssConfig), MOE | dict(sliding_window=24, layer_types=NEAR_FAR), [0, 1], []),
     "mistral": ((t.MistralForCausalLM, t.MistralConfig), dict(sliding_window=24), [0, 1], []),
@@ -258,11 +332,37 @@ def test_layers_are_left_out_by_name_and_the_others_are_those_of_eager(uneven, f
         torch.testing.assert_close(read.needle[layer], weights[layer][..., needle].sum(-1)[..., sample["turn"][0] >= 0].amax(-1), atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(read.sink[layer], weights[layer, ..., 0].mean(-1), atol=1e-5, rtol=1e-4)
     read.save(tmp_path/"heads.safetensors")
-    assert HeadSpectra.load(tmp_path/"heads.safetensors").left_out == read.left_out
+    again = HeadSpectra.load(tmp_path/"heads.safetensors")
+    assert again.left_out == read.left_out and list(again.ropes) == list(read.ropes) == ([0] if family == "gemma3" else [])
     shown = HeadInspector([read])
-    shown.layer = 0
-    assert shown.note.value == (f"left out, grey: {said_of_layers(read.left_out)}" if read.left_out else "")
-    assert ("not measured, as it " + read.left_out[0] if 0 in attend else "on the needle 0.") in shown.picture.value
+    shown.choose(family, 0, 0)
+    assert ("not measured, as it " + read.left_out[0] if 0 in attend else "on the needle 0.") in shown.describe()
+    assert shown.view["models"][0]["left_out"] == {str(layer): why for layer, why in read.left_out.items()}
+
+
+def test_a_layer_with_its_own_rope_is_told_by_its_own_bands(uneven, tmp_path):
+    words, model = uneven("gemma3")
+    haystack = passage_haystack(1, 3, 1)
+    read = read_heads(model, words, [haystack], "gemma3")
+    read.save(tmp_path/"heads.safetensors")
+    own, usual = read.rope(0), read.rope(1)
+    assert torch.equal(own.inv_freq, rope_spec(model, 0).inv_freq) and torch.equal(usual.inv_freq, rope_spec(model, 1).inv_freq) and not torch.equal(own.inv_freq, usual.inv_freq)
+    assert torch.equal(HeadSpectra.load(tmp_path/"heads.safetensors").rope(0).inv_freq, own.inv_freq)
+    sample = encode(words, haystack, [0], answers=False)
+    with torch.no_grad(), capture(model) as cache: model(**image_inputs(model, sample, "student"), use_cache=False)
+    for layer in (0, 1):
+        pairs = rope_spec(model, layer).pairs(cache["k", layer][0]).square().sum(-1).sum(1)  # [kv_heads, bands]
+        torch.testing.assert_close(read.k_energy[layer], pairs/cache["k", layer][0].square().sum((1, 2))[:, None], atol=1e-5, rtol=1e-4)
+    packed = HeadInspector([read]).view["models"][0]["rope"]
+    assert packed.keys() == {"usual", "0"} and packed["0"]["wavelength"] != packed["usual"]["wavelength"]
+
+
+def test_reading_in_passes_gives_the_same_numbers(student):
+    haystack = picture_haystack(1, 3, 1, "val")
+    whole, parts = (read_heads(*student, [haystack], "student", memory=memory) for memory in (4, 1e-6))
+    assert _passes(student[0], 100, 1e-6) == [[0], [1], [2]]
+    for name, value in vars(whole).items():
+        if torch.is_tensor(value): assert torch.equal(value.nan_to_num(), getattr(parts, name).nan_to_num()), name
 
 
 @pytest.mark.parametrize("family", ["cohere2", "exaone4", "smollm3"])

@@ -6,7 +6,7 @@ import torch
 from transformers import PrinterCallback
 
 from laid_nb import live
-from laid_nb.haystack import picture_haystack
+from laid_nb.haystack import drawn_test, picture_haystack
 from laid_nb.inputs import HaystackCollator, precompute
 from laid_nb.live import LiveView, plot_training
 from laid_nb.mixing_inspector import kept_weights, read_mixing
@@ -14,6 +14,7 @@ from laid_nb.parts import MixingPart
 from laid_nb.simulate import WindowSimulation
 from laid_nb.store import load_model
 from laid_nb.train import LaidConfig, LaidTrainer
+from laid_nb.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -225,3 +226,17 @@ def test_curves_are_those_that_were_measured(trained):
     assert losses.lines[0].get_ydata().tolist() == [h["loss"] for h in trained.losses]
     assert all((weights.lines[j].get_ydata() == view.weights[:, 1, j].numpy()).all() for j in range(4))
     assert (response.patches[0].get_data().values == view.mixture[2, 1, -1].numpy()).all()
+
+
+def test_accuracies_stand_beside_the_losses(trainer):
+    view = LiveView(trainer(method="sft", max_steps=2, eval_steps=1))
+    assert view.evaluations == [] and "accuracy" not in view.describe()
+    Validation(view.trainer, drawn_test([1, 2], 4))
+    view.trainer.train()
+    assert [h["step"] for h in view.evaluations] == [0, 1, 2]
+    figure, last = view.draw(), view.evaluations[-1]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in figure.axes[1].lines}
+    assert lines == {str(n): [h[f"eval_accuracy_{n}"] for h in view.evaluations] for n in (1, 2)}
+    assert f"window {last['eval_window']:.3g} images" in figure.axes[1].get_title()
+    assert f"2 images {last['eval_accuracy_2']:.0%}, window {last['eval_window']:.3g}" in view.describe()
+    assert len(view.losses) == 2 and len(plot_training(view.losses).axes) == 1

@@ -156,3 +156,23 @@ def test_a_family_that_cuts_images_in_another_way_is_refused(settings):
     from transformers import LlavaConfig
     with pytest.raises(ValueError, match="a run of llava cannot be planned"):
         plan_training(LlavaConfig(), LlavaConfig(), settings(), Sample(), Cards())
+
+
+def test_without_a_step_only_what_stands_there_is_counted(settings, monkeypatch):
+    "As `laid train` does on a CPU, whose memory nobody looks at."
+    args, pair = settings(bf16=True), PAIRS["3B<-7B"]
+    whole = plan_training(*pair, args, Sample(images=2), Cards())
+    monkeypatch.setattr("laid_nb.plan.simulate_step", lambda *_: pytest.fail("a step was run"))
+    made = plan_training(*pair, args, Sample(images=2), Cards(), simulate=False)
+    assert made.bytes == {k: whole.bytes[k] for k in made.bytes} and {k.split(":")[0] for k in made.bytes} == {"student", "teacher"}
+    assert (made.disk, made.flops, made.tokens) == (whole.disk, whole.flops, whole.tokens) and made.total < whole.total
+
+
+@pytest.mark.parametrize("given, epochs, kept", [({}, 10, 3), (dict(save_total_limit=None), 10, 10), (dict(save_total_limit=4), 10, 5), ({}, 1, 1), (dict(save_strategy="no"), 10, 0)])
+def test_the_disk_holds_the_checkpoints_that_are_kept_and_the_one_that_is_written(settings, given, epochs, kept):
+    args = settings(**dict(save_strategy="epoch", num_train_epochs=epochs) | given)
+    made = plan_training(*PAIRS["3B<-7B"], args, Sample(images=2), Cards(), simulate=False)
+    found, = (n for n in made.disk if "checkpoint" in n)
+    assert found == f"disk: {kept} checkpoints"
+    weights, states = made.bytes["student: weights"], made.bytes["student: optimizer states"]
+    assert made.disk[found] == pytest.approx(kept*(weights + states), rel=1e-6)

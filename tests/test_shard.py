@@ -28,14 +28,14 @@ def start(folder, *jobs):
 def runs(tmp_path_factory):
     "Folder of all results: those of two processes, and meanwhile those of this one, four haystacks at once (one4) and one after the other (one1)."
     folder = tmp_path_factory.mktemp("shard")
-    both, failing = start(folder, "agree", "resume", "half"), start(folder, "fail")
+    both, failing = start(folder, "agree", "resume", "cached", "half"), start(folder, "fail")
     features = pool()
     for batch, name in ((4, "plain"), (1, "plain"), (4, "lora")):
         made = trainer(folder/"one"/name, batch, 2, features, **RUNS[name])
         made.remove_callback(PrinterCallback)
         made.train()
         keep(made, folder/f"one{batch}-{name}")
-    try: both.wait(240), failing.wait(60)
+    try: both.wait(300), failing.wait(60)
     finally: both.terminate(), failing.terminate()
     assert both.returncode == 0, (folder/"half.log").read_text()
     assert failing.returncode == 1
@@ -96,6 +96,22 @@ def test_fsdp_resumes_to_the_bit_and_saves_a_stock_student(runs, name):
 def test_bf16_under_fsdp(runs):
     weights, log = result(runs, "half")
     assert {w.dtype for n, w in weights.items() if n.startswith("student")} == {torch.float32} and all(x["loss"] == x["loss"] for x in log)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp"])
+def test_two_processes_keep_what_the_teacher_says_once(runs, engine):
+    "One epoch asks, each sample once; later epochs, whose order is another, and other runs find it whoever wrote it; a run that goes on too."
+    (weights, log), told = result(runs, f"cached-{engine}-plain"), lambda name: [json.loads((runs/f"cached-{engine}-{name}-{i}").read_text()) for i in (0, 1)]
+    for name, asked in (("first", 4), ("other", 0), ("on", 0)):
+        (kept, same), both = result(runs, f"cached-{engine}-{name}"), told(name)
+        assert sum(one["asked"] for one in both) == asked and sum(one["found"] for one in both) == {"first": 8, "other": 12, "on": 4}[name]
+        samples = [key for one in both for key in one["written"] if key.startswith("said/") and key != "said/head"]
+        assert len(samples) == len(set(samples)) == asked
+        for key, w in weights.items(): torch.testing.assert_close(kept[key], w, rtol=0, atol=1e-10, msg=lambda m, key=key: f"{key}: {m}")
+        for a, b in zip(log, same, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
+    first, on = (result(runs, f"cached-{engine}-{name}")[0] for name in ("first", "on"))
+    assert all(torch.equal(x, on[key]) for key, x in first.items())
+    assert len([f for f in (runs/f"cache-{engine}"/"said").glob("*.safetensors") if f.stem != "head"]) == 4
 
 
 # --- failures -----------------------------------------------------------------

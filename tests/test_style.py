@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_CELL, LONGEST_LINE = 50, 120
 NOTEBOOKS = sorted(ROOT.glob("nbs/**/*.ipynb"))
-SCRIPTS = sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py")])
+SCRIPTS = sorted([*ROOT.glob("experiments/*.py"), *ROOT.glob("benchmarks/*.py"), *ROOT.glob("examples/*.py")])
 MODULES = sorted(path for path in ROOT.glob("laid_nb/*.py") if path.name != "_modidx.py")
 LEAVING = (ast.Raise, ast.Return, ast.Continue, ast.Break)
 LEAVING_CALLS = {"exit", "error"}  # sys.exit, parser.error

@@ -21,6 +21,7 @@ from transformers import (
 from laid_nb import align, losses
 from laid_nb.align import needle_pair, needle_scores
 from laid_nb.capture import capture
+from laid_nb.checkpoint import RUN_FILE
 from laid_nb.haystack import haystack_dataset, picture_haystack
 from laid_nb.inputs import OURS, HaystackCollator, image_inputs, read_groups, read_positions
 from laid_nb.losses import attention_match_loss, fourier_loss
@@ -59,6 +60,15 @@ def logged(made, name): return [h[name] for h in made.state.log_history if name 
 
 
 def same(a, b): return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+OLDER = dict(allow_changed=RUN_FILE)  # go on from a checkpoint that does not say which run it is of
+
+
+def older(folder):
+    "A checkpoint as it was written before it said which run it is of: what its parts refuse is seen."
+    (folder/RUN_FILE).unlink(missing_ok=True)
+    return str(folder)
 
 
 # --- data ---------------------------------------------------------------------
@@ -306,7 +316,7 @@ def test_gain_has_the_mixing_learning_rate(trainer):
 
 def test_resume_with_another_form(trainer, tmp_path):
     trainer(folder=tmp_path/"a", layers="best", save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="another form"): trainer(folder=tmp_path/"b", layers="best", form="band").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+    with pytest.raises(ValueError, match="another form"): trainer(folder=tmp_path/"b", **OLDER, layers="best", form="band").train(resume_from_checkpoint=older(tmp_path/"a/checkpoint-1"))
 
 
 def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
@@ -315,10 +325,10 @@ def test_attention_that_cannot_be_matched(trainer, tiny, haystacks, processor):
     student = Qwen2_5_VLForConditionalGeneration(config).eval()
     tokens = max(HaystackCollator(processor)([h])["input_ids"].shape[1] for h in haystacks)
     assert tokens > 64
-    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, method="laid+").train()
-    trainer(student, method="laid+", lambda_attention=0.).train(), trainer(student, method="laid+", layers="0:0").train()
+    with pytest.raises(ValueError, match="student layer 1 attends in a window or chunk of 64 tokens"): trainer(student, data="pixels", method="laid+").train()
+    trainer(student, data="pixels", method="laid+", lambda_attention=0.).train(), trainer(student, data="pixels", method="laid+", layers="0:0").train()
     config.text_config.sliding_window = tokens
-    trainer(Qwen2_5_VLForConditionalGeneration(config), method="laid+").train()  # up to its window a layer attends to all
+    trainer(Qwen2_5_VLForConditionalGeneration(config), data="pixels", method="laid+").train()  # up to its window a layer attends to all
 
 
 def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
@@ -330,12 +340,12 @@ def test_a_batch_longer_than_a_window_is_refused(trainer, tiny):
 
 def test_resume_that_drops_the_gain(trainer, tmp_path):
     trainer(folder=tmp_path/"a", method="laid+", save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="trained with a gain"): trainer(folder=tmp_path/"b").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+    with pytest.raises(ValueError, match="trained with a gain"): trainer(folder=tmp_path/"b", **OLDER).train(resume_from_checkpoint=older(tmp_path/"a/checkpoint-1"))
 
 
 def test_resume_without_a_gain(trainer, tmp_path):
     trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
-    with pytest.raises(FileNotFoundError, match="gain.safetensors"): trainer(folder=tmp_path/"b", gain=True).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+    with pytest.raises(FileNotFoundError, match="gain.safetensors"): trainer(folder=tmp_path/"b", **OLDER, gain=True).train(resume_from_checkpoint=older(tmp_path/"a/checkpoint-1"))
 
 
 def test_another_family(trainer, haystacks, tiny):
@@ -388,7 +398,7 @@ def test_recomposed_training_resumes_bit_for_bit(trainer, tmp_path, monkeypatch,
     from laid_nb import train
     epochs, read = set(), Recomposed.__getitem__
     monkeypatch.setattr(train.Recomposed, "__getitem__", lambda self, i: epochs.add(self.epoch()) or read(self, i))
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", recompose=.5, data=data)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", recompose=.5, data=data)  # 6 steps an epoch
     whole = trainer(folder=tmp_path/"whole", **settings)
     whole.train()
     assert epochs == {0, 1}
@@ -441,8 +451,8 @@ def test_hidden_term_resumes_bit_for_bit_or_is_refused(trainer, tmp_path):
     again.train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
     assert same(whole.model, again.model) and same(projections_of(whole), projections_of(again)) and logged(whole, "loss") == logged(again, "loss")
     trainer(folder=tmp_path/"plain", **settings | dict(lambda_hidden=None)).train()
-    with pytest.raises(FileNotFoundError, match="compared no hidden states"): trainer(folder=tmp_path/"x", **settings).train(resume_from_checkpoint=str(tmp_path/"plain/checkpoint-2"))
-    with pytest.raises(ValueError, match="go on with its lambda_hidden"): trainer(folder=tmp_path/"x", **settings | dict(lambda_hidden=None)).train(resume_from_checkpoint=str(tmp_path/"whole/checkpoint-2"))
+    with pytest.raises(FileNotFoundError, match="compared no hidden states"): trainer(folder=tmp_path/"x", **settings, **OLDER).train(resume_from_checkpoint=older(tmp_path/"plain/checkpoint-2"))
+    with pytest.raises(ValueError, match="go on with its lambda_hidden"): trainer(folder=tmp_path/"x", **settings | OLDER | dict(lambda_hidden=None)).train(resume_from_checkpoint=older(tmp_path/"whole/checkpoint-2"))
 
 
 def test_hidden_term_is_off_by_default_and_needs_aligned_layers():
@@ -502,7 +512,7 @@ def test_lora_resume_is_refused(trainer, tiny, tmp_path):
     settings = dict(method="sft", save_strategy="steps", save_steps=1)
     trainer(folder=tmp_path/"lora", lora_rank=2, **settings).train()
     trainer(folder=tmp_path/"plain", **settings).train()
-    resume = lambda where, **more: trainer(folder=tmp_path/"x", **settings, **more).train(resume_from_checkpoint=str(tmp_path/where/"checkpoint-1"))
+    resume = lambda where, **more: trainer(folder=tmp_path/"x", **settings, **OLDER, **more).train(resume_from_checkpoint=older(tmp_path/where/"checkpoint-1"))
     with pytest.raises(ValueError, match="trained with LoRA adapters"): resume("lora")
     with pytest.raises(FileNotFoundError, match="trained no LoRA adapters"): resume("plain", lora_rank=2)
     with pytest.raises(ValueError, match="another rank"): resume("lora", lora_rank=3)
@@ -565,7 +575,7 @@ def test_resume_is_bit_for_bit(trainer, tmp_path, settings):
 
 @pytest.mark.parametrize("step", [3, 6, 8])
 def test_resume_at_and_after_the_end_of_an_epoch(trainer, tmp_path, step):
-    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, method="kd", max_gap=100)  # 6 steps an epoch
+    settings = dict(max_steps=10, save_strategy="steps", save_steps=1, save_total_limit=None, method="kd", max_gap=100)  # 6 steps an epoch
     whole, again = trainer(folder=tmp_path/"whole", **settings), trainer(folder=tmp_path/"again", **settings)
     whole.train()
     again.train(resume_from_checkpoint=str(tmp_path/f"whole/checkpoint-{step}"))
@@ -745,12 +755,12 @@ def test_after_an_error_both_models_are_as_before(trainer, tiny):
 
 def test_resume_without_mixing_weights(trainer, tmp_path):
     trainer(folder=tmp_path/"kd", method="kd", save_strategy="steps", save_steps=1).train()
-    with pytest.raises(FileNotFoundError, match="mixing.safetensors"): trainer(folder=tmp_path/"laid").train(resume_from_checkpoint=str(tmp_path/"kd/checkpoint-1"))
+    with pytest.raises(FileNotFoundError, match="mixing.safetensors"): trainer(folder=tmp_path/"laid", **OLDER).train(resume_from_checkpoint=older(tmp_path/"kd/checkpoint-1"))
 
 
 def test_resume_with_other_layers(trainer, tmp_path):
     trainer(folder=tmp_path/"a", save_strategy="steps", save_steps=1).train()
-    with pytest.raises(ValueError, match="other layers"): trainer(folder=tmp_path/"b", layers="0:1").train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+    with pytest.raises(ValueError, match="other layers"): trainer(folder=tmp_path/"b", **OLDER, layers="0:1").train(resume_from_checkpoint=older(tmp_path/"a/checkpoint-1"))
 
 
 # --- biases alone ---------------------------------------------------------------
@@ -773,7 +783,7 @@ def test_biases_alone_are_refused_beside_adapters_and_asked_for_on_resume(traine
     with pytest.raises(ValueError, match="lora_rank and biases_only both"): trainer(method="sft", lora_rank=2, biases_only=True)
     trainer(folder=tmp_path/"a", method="sft", biases_only=True, max_steps=1, save_strategy="steps", save_steps=1).train()
     with pytest.raises(ValueError, match="go on with biases_only=True"):
-        trainer(folder=tmp_path/"b", method="sft", max_steps=2).train(resume_from_checkpoint=str(tmp_path/"a/checkpoint-1"))
+        trainer(folder=tmp_path/"b", **OLDER, method="sft", max_steps=2).train(resume_from_checkpoint=older(tmp_path/"a/checkpoint-1"))
 
 
 def test_a_checkpoint_keeps_what_its_base_had_beside_the_weights(tiny, processor, haystacks, tmp_path):
@@ -876,7 +886,7 @@ def test_a_picture_that_goes_bad_costs_nothing_that_was_trained(trainer, tiny, f
     assert step >= 2 and (tmp_path/"run"/f"checkpoint-{step}"/"model.safetensors").is_file()
     for image, data in before.items(): image.write_bytes(data)
     again, whole = tiny("student"), tiny("student")
-    trainer(student=again, data=files, method="kd", max_steps=6).train(resume_from_checkpoint=str(tmp_path/"run"/f"checkpoint-{step}"))
+    trainer(student=again, data=files, method="kd", max_steps=6, num_train_epochs=3).train(resume_from_checkpoint=str(tmp_path/"run"/f"checkpoint-{step}"))
     trainer(student=whole, data=files, method="kd", max_steps=6, folder=tmp_path/"other").train()
     assert same(again, whole)
 

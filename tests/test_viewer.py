@@ -1,15 +1,29 @@
 "What the haystack viewer reads, against transformers' own eager attention; what it chooses, shows and refuses."
+import base64
+import io
+import json
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb.evaluate import ask
 from laid_nb.haystack import Question, picture_haystack
+from laid_nb.page import embedded
 from laid_nb.store import data_path
-from laid_nb.viewer import HaystackViewer, ImageAttention, _mosaic, look, plot_haystack, read_attention
+from laid_nb.viewer import (
+    HaystackViewer,
+    ImageAttention,
+    _mosaic,
+    look,
+    plot_haystack,
+    read_attention,
+    telling_question,
+)
 
 MODELS = "teacher", "student", "distilled"
 
@@ -150,43 +164,53 @@ def test_look_at_a_layer_that_is_not_there(stacks):
 
 # ---- state
 
-def test_controls_offer_what_there_is(viewer, stacks):
-    offered = lambda name: [value for _, value in viewer.controls[name].options]
-    assert offered("haystack") == [h.id for h in stacks] and offered("question") == [0, 1, 2]
-    assert offered("token") == ["best", "answer", 0, 1, 2, 3]
-    assert offered("layer") == ["best", "mean", 0, 1, 2, 3] and offered("head") == ["best", "mean", 0, 1, 2]
+def test_it_opens_on_the_largest_haystack_where_models_differ(stacks):
+    right = torch.tensor([True, False])
+    readings = [made(stacks[0]), replace(made(stacks[1]), right=right), made(stacks[0], "student"),
+                replace(made(stacks[1], "student"), right=~right | torch.tensor([True, False]))]
+    viewer = HaystackViewer(stacks, readings)
+    assert viewer.haystack == stacks[1].id and viewer.question == 1
+    assert telling_question(readings[:1]) == 0
 
-@pytest.mark.parametrize("name, value", [
-    ("question", 2), ("token", "answer"), ("token", 3), ("layer", "mean"), ("layer", 3), ("head", 1)])
-def test_code_moves_the_control(viewer, name, value):
-    before = viewer.picture.value
+@pytest.mark.parametrize("name, value", [("question", 2), ("token", "answer"), ("token", 3), ("layer", "mean"), ("layer", 3), ("head", 1)])
+def test_a_trait_is_state_of_the_page(viewer, name, value):
+    viewer.show(haystack=viewer.view["haystacks"][0]["id"])
     setattr(viewer, name, value)
-    assert viewer.controls[name].value == value and viewer.picture.value != before
-
-@pytest.mark.parametrize("name, value", [("question", 1), ("token", 2), ("layer", "mean"), ("head", "mean")])
-def test_a_control_sets_the_state(viewer, name, value):
-    before = viewer.picture.value
-    viewer.controls[name].value = value
-    assert getattr(viewer, name) == value and viewer.picture.value != before
+    assert viewer.state[name] == value and viewer.get_state()[name] == value
 
 def test_another_haystack_keeps_what_it_has(viewer, stacks):
-    viewer.show(question=2, layer=1)
-    viewer.controls["haystack"].value = stacks[1].id
-    assert viewer.state == dict(haystack=stacks[1].id, question=0, token="best", layer=1, head="best")
-    assert len(viewer.controls["question"].options) == 2
+    viewer.show(haystack=stacks[0].id, question=2, layer=1)
+    viewer.haystack = stacks[1].id
+    assert {name: getattr(viewer, name) for name in viewer.choices} == dict(haystack=stacks[1].id, question=0, token="best", layer=1, head="best")
 
 def test_show_changes_all_at_once(viewer, stacks):
-    viewer.show(haystack=stacks[1].id, question=1, head="mean")
-    assert (viewer.haystack, viewer.question, viewer.head) == (stacks[1].id, 1, "mean")
+    viewer.show(haystack=stacks[0].id, question=1, head="mean")
+    assert (viewer.haystack, viewer.question, viewer.head) == (stacks[0].id, 1, "mean")
 
-def test_one_change_draws_once(viewer, stacks, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(viewer, "show_picture", lambda: drawn.append(viewer.state))
-    viewer.question = 2
-    viewer.haystack = stacks[1].id                                         # takes the question with it
-    viewer.show(question=1, layer="mean")
-    viewer.show(question=1)
-    assert len(drawn) == 3
+# ---- what goes to the page
+
+def unpacked(one):
+    kind = {"root": np.uint8, "f2": "<f2"}[one["type"]]
+    raw = np.frombuffer(base64.b64decode(one["base64"]), kind).reshape(one["shape"])
+    return (raw/255)**2 if one["type"] == "root" else raw
+
+def test_the_page_gets_shares_and_sums(viewer):
+    for shown in viewer.view["haystacks"]:
+        haystack, readings = viewer.of(shown["id"])
+        for i, question in enumerate(shown["questions"]):
+            for reading, packed in zip(readings, question["readings"], strict=True):
+                x = reading.at(i).numpy()
+                np.testing.assert_allclose(unpacked(packed["look"]), x, atol=2.1/255)
+                np.testing.assert_allclose(unpacked(packed["needle"]), x[..., list(haystack.questions[i].needles)].sum(-1), rtol=1e-3)
+                np.testing.assert_allclose(unpacked(packed["total"]), x.sum(-1), rtol=1e-3)
+                assert (packed["name"], packed["right"]) == (reading.name, bool(reading.right[i]))
+
+def test_the_sheet_holds_every_picture(viewer, stacks):
+    shown = viewer.view["haystacks"][1]
+    sheet = Image.open(io.BytesIO(base64.b64decode(shown["sheet"])))
+    assert sheet.size == (9*56, 56) and shown["names"][3] == ", ".join(stacks[1].images[3].objects)
+    apart = np.abs(np.asarray(sheet, float)[:, 3*56:4*56] - np.asarray(stacks[1].image(3), float)).mean()
+    assert apart < 12  # a JPEG of it
 
 @pytest.mark.parametrize("state, message", [
     (dict(question=3), "question is 3, expected one of 0, 1, 2"), (dict(question=-1), "question is -1"),
@@ -194,6 +218,7 @@ def test_one_change_draws_once(viewer, stacks, monkeypatch):
     (dict(token=True), "token is True"), (dict(model=1), "no choice 'model': one of haystack"),
     (dict(haystack="x"), "haystack is 'x', expected one of val-single-6-0, val-single-9-0")])
 def test_what_is_not_there_is_refused(viewer, state, message):
+    viewer.show(haystack=viewer.view["haystacks"][0]["id"])
     before = viewer.state
     with pytest.raises(ValueError, match=message): viewer.show(**state)
     assert viewer.state == before
@@ -230,6 +255,7 @@ def test_answers_stand_beside_the_names(stacks):
     assert "No (82%), wrong" in found and f"Yes (90%), {'right' if stacks[0].questions[0].answer else 'wrong'}" in found
 
 def test_a_model_without_the_layer_says_so(viewer):
+    viewer.show(haystack=viewer.view["haystacks"][0]["id"])
     viewer.layer = 3
     assert "has no layer 3" in texts(viewer.draw())
     assert "student says" in viewer.describe() and "has no layer 3" in viewer.describe()
@@ -260,17 +286,20 @@ def test_thumbnails_stay_legible(images):
         columns = round(page.images[0].get_array().shape[1]/62)
         assert page.bbox.width/columns > 36 and figure.get_figwidth() <= 13 and columns*-(-images//columns) >= images
 
-def test_static_picture_and_words(viewer):
-    bundle = viewer._repr_mimebundle_()
+def test_html_and_words_stand_beside_the_live_view(viewer):
+    bundle, _ = viewer._repr_mimebundle_()
     words = bundle["text/plain"]
-    assert "image/png" in bundle and words.startswith("6 images, For the image with the ")
-    assert "teacher says" in words and "student says" in words
+    assert words.startswith("9 images, For the image with the ") and "teacher says" in words and "student says" in words
+    state = json.loads(re.search(r'class="laid-data">(.*?)</script>', bundle["text/html"])[1])
+    assert state == json.loads(embedded(viewer.state))
 
 def test_saved_picture(viewer, tmp_path):
-    viewer.file.value = str(tmp_path/"p.png")
-    viewer.button.click()
+    viewer.save(tmp_path/"p.png")
     assert (tmp_path/"p.png").read_bytes()[:4] == b"\x89PNG"
 
-def test_names_and_words_of_the_data_are_escaped(stacks):
-    viewer = HaystackViewer(stacks[:1], [made(stacks[0], '<b title="x">')])
-    assert "&lt;b title=" in viewer.picture.value and "<b " not in viewer.picture.value
+def test_names_and_words_of_the_data_are_never_markup(stacks):
+    bad = '</script><img src=x onerror="alert(1)">'
+    questions = (replace(stacks[0].questions[0], anchor=bad),)
+    haystack = replace(stacks[0], questions=questions)
+    html = HaystackViewer([haystack], [made(haystack, bad)]).html()
+    assert "<img src=x" not in html and html.count("</script>") == 2

@@ -1,6 +1,13 @@
-// Settings of MathJax: what notebooks ($...$) and Markdown pages (\(...\)) mean by maths.
-window.MathJax = {
-  tex: { inlineMath: [["$", "$"], ["\\(", "\\)"]], displayMath: [["$$", "$$"], ["\\[", "\\]"]], processEscapes: true, tags: "ams" },
-  options: { skipHtmlTags: ["script", "noscript", "style", "textarea", "pre", "code"], enableMenu: false },
-  svg: { fontCache: "global" },
-};
+// What notebooks ($...$) and Markdown pages (\(...\)) mean by maths, drawn by KaTeX.
+document.addEventListener("DOMContentLoaded", () => {
+  renderMathInElement(document.querySelector("article"), {
+    delimiters: [
+      { left: "$$", right: "$$", display: true }, { left: "\\[", right: "\\]", display: true },
+      { left: "$", right: "$", display: false }, { left: "\\(", right: "\\)", display: false },
+    ],
+    ignoredTags: ["script", "noscript", "style", "textarea", "pre", "code", "option", "svg"],
+    ignoredClasses: ["laid-view"],
+    throwOnError: false,
+  });
+  document.documentElement.dataset.maths = "drawn";
+});

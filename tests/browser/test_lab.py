@@ -2,6 +2,7 @@
 import json
 
 import pytest
+from playwright.sync_api import expect
 
 from conftest import ROOT, changed
 
@@ -55,18 +56,20 @@ widgets.VBox([grid, Wrong()])"""
 
 def test_head_inspector(notebook, screen):
     page = notebook("12_inspector")
-    inspector = page.locator(".laid").nth(1)
+    inspector = page.locator(".laid-view").first
     inspector.scroll_into_view_if_needed()
-    picture, grid = inspector.locator("img"), inspector.locator(".laid-grid").first
-    cells = grid.locator(".laid-grid-cells")
-    chosen = picture.get_attribute("alt")
-    assert "student, layer 1, head 0" in changed(picture, lambda: cells.hover(position=dict(x=5, y=30)))
-    assert "layer 1, head 0" in grid.locator(".laid-grid-readout").inner_text()
-    assert changed(picture, lambda: page.mouse.move(0, 0)) == chosen
-    assert "student, layer 2, head 0" in changed(picture, lambda: cells.click(position=dict(x=5, y=56)))
-    assert "student, layer 2, head 1" in changed(picture, lambda: page.keyboard.press("ArrowRight"))
+    student, cells = inspector.locator(".laid-legend b").nth(1), inspector.locator(".laid-cells").nth(1)
+    assert student.inner_text() == "student, layer 2, head 1" and "Among 20 pictures" in inspector.locator(".laid-said").inner_text()  # what code has set, in a later cell
+    cells.hover(position=dict(x=50, y=45))
+    expect(student).to_have_text("student, layer 0, head 0")
     page.mouse.move(0, 0)
-    assert "distance in tokens" in changed(picture, lambda: inspector.get_by_role("button", name="tokens").click())
+    expect(student).to_have_text("student, layer 2, head 1")
+    cells.click(position=dict(x=50, y=80))
+    page.keyboard.press("ArrowRight")
+    page.mouse.move(0, 0)
+    expect(student).to_have_text("student, layer 1, head 1")
+    inspector.get_by_role("button", name="tokens").click()
+    expect(inspector.locator(".laid-axis-label").first).to_have_text("distance in tokens, plus one")
     screen("inspector", inspector)
 
 
@@ -91,12 +94,13 @@ def test_playground(notebook, screen):
 
 def test_viewer(notebook, screen):
     page = notebook("12c_viewer")
-    viewer = page.locator(".laid").last
+    viewer = page.locator(".laid-view").last
     viewer.scroll_into_view_if_needed()
-    picture = viewer.locator("img")
-    before = picture.get_attribute("alt")
-    assert changed(picture, lambda: viewer.locator("select").nth(1).select_option(index=2)) != before  # another question
-    assert changed(picture, lambda: viewer.locator("select").nth(3).select_option("mean"))
+    assert "keyboard" in viewer.locator(".laid-question").inner_text()
+    viewer.locator("select").first.select_option(index=2)  # another question
+    expect(viewer.locator(".laid-question")).to_contain_text("zebra")
+    viewer.locator("select").nth(1).select_option(label="mean")
+    expect(viewer.locator(".laid-shares small").first).to_contain_text("mean of layers")
     screen("viewer", viewer)
 
 

@@ -1,0 +1,167 @@
+"""Hostile input: a quick part of tests/fuzz.py, and the kinds that were found, each with one of its inputs."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import ipywidgets as widgets
+import pytest
+import torch
+from matplotlib.figure import Figure
+from safetensors.torch import save_file
+
+from laid_nb import accuracy, cli, serve
+from laid_nb.haystack import Question, picture_haystack
+from laid_nb.script import one_line
+from laid_nb.spectra import figure_label, figure_words
+from laid_nb.store import data_path, read_tensors
+from laid_nb.viewer import HaystackViewer, ImageAttention
+
+ROOT = Path(__file__).resolve().parents[1]
+EVIL = "<img src=x onerror=alert(1)>"
+
+
+@pytest.fixture
+def work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def model(work):
+    "The embedded student, to be spoilt."
+    shutil.copytree(data_path("anchors", "student"), work/"model")
+    return work/"model"
+
+
+def refused(capsys, line, *words):
+    "Exit code 2 and one line without control characters that holds `words`."
+    capsys.readouterr()
+    begun, code, err = time.process_time(), cli.main(line), capsys.readouterr().err
+    said = [x for x in err.splitlines() if x and not x.startswith("laid: warning")]
+    assert code == 2 and len(said) == 1 and said[0].startswith("laid: error: ") and said[0].isprintable(), err
+    for word in words: assert word in said[0], said
+    assert time.process_time() - begun < 20
+
+
+def test_a_quick_part_of_the_fuzzer(tmp_path):
+    line = [sys.executable, str(ROOT/"tests/fuzz.py"), "--cases", "160", "--seed", "5", "--only", "files", "images", "configs", "command lines", "--out", str(tmp_path/"f.json")]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert sum(row["cases"] for row in json.loads((tmp_path/"f.json").read_text())["targets"].values()) >= 150
+
+
+@pytest.mark.parametrize("text, words", [
+    ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}']*9)}]\n" for a, b in zip("abcdefgh", "bcdefghi")), ["a.yaml", "aliases"]),
+    ("alpha: " + "["*5000, ["a.yaml", "nested too deeply"]),
+    ("alpha: 0.3\nalpha: 0.5", ["a.yaml", "'alpha' is given twice"]),
+    ("no\u202esuch: 1", ["a.yaml", r"\u202e"]),
+    ("alpha: \x1b[2J", ["a.yaml"]),
+    ("gradient_accumulation_steps: 0", ["gradient_accumulation_steps"]),
+    ("per_device_train_batch_size: 0", ["per_device_train_batch_size"]),
+    ("alpha: .inf", ["alpha"]),
+])
+def test_files_of_settings(work, capsys, text, words):
+    (work/"a.yaml").write_text(text)
+    refused(capsys, ["plan", "student", "teacher", "--config", "a.yaml"], *words)
+
+
+def test_a_pipe_is_no_file_of_settings(work, capsys):
+    os.mkfifo(work/"a.yaml")
+    refused(capsys, ["plan", "student", "teacher", "--config", "a.yaml"], "a.yaml", "no plain file")
+
+
+@pytest.mark.parametrize("line, words", [
+    (["eval", "student", "--pictures", "--sizes", "1-100000000000"], ["--sizes", "at most 10,000 images"]),
+    (["eval", "student", "--pictures", "--questions", "1" + "0"*5000], ["--questions"]),
+    (["spectra", "student", "--images", "1000000000000"], ["--images", "1,000,000"]),
+    (["inspect", "--port", "70000"], ["70000", "65535"]),
+    (["inspect", ""], ["''"]),
+    (["eval", "a\x1b[2Jb/c/d", "--pictures"], [r"a\x1b[2Jb"]),
+])
+def test_command_lines(work, capsys, monkeypatch, line, words):
+    monkeypatch.setattr(serve, "serve", lambda *_: None)
+    refused(capsys, line, *words)
+
+
+@pytest.mark.parametrize("template, why", [
+    ("{{ 'a' * 10000000000 }}", "1 GB"), ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "5 s"), ("{% if %}", "TemplateSyntaxError"),
+    ("{{ messages[9].x.y }}", "UndefinedError"), ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"), ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError")])
+def test_chat_templates(model, capsys, template, why):
+    (model/"chat_template.jinja").write_text(template)
+    refused(capsys, ["eval", "model", "--pictures"], "'model'", "chat template", why)
+
+
+@pytest.mark.parametrize("part, name, value", [("text_config", "num_hidden_layers", 100_000), ("vision_config", "depth", 10**9), ("text_config", "hidden_size", 10**12), ("vision_config", "temporal_patch_size", 100_000)])
+def test_configs_that_declare_too_much(model, capsys, part, name, value):
+    config = json.loads((model/"config.json").read_text())
+    config[part][name] = value
+    (model/"config.json").write_text(json.dumps(config))
+    refused(capsys, ["eval", "model", "--pictures"], "model", "declares")
+
+
+@pytest.mark.parametrize("kept", [0, 7, 100, -1])
+def test_tensors_that_are_cut_are_named(tmp_path, kept):
+    path = tmp_path/"gain.safetensors"
+    save_file({"gain.0": torch.ones(40)}, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match="gain.safetensors is no whole safetensors file"): read_tensors(path)
+
+
+def test_pytorch_bin_is_never_read(model, capsys):
+    torch.save({}, model/"pytorch_model.bin")
+    (model/"model.safetensors").unlink()
+    refused(capsys, ["eval", "model", "--pictures"], "'model'")
+
+
+@pytest.mark.parametrize("package, extra", [("voila", "laid_nb[inspect]"), ("bitsandbytes", "bitsandbytes")])
+def test_a_package_that_is_missing_is_said_with_its_extra(package, extra):
+    assert f'pip install "{extra}"' in one_line(ModuleNotFoundError(f"No module named {package!r}", name=package))
+
+
+def test_an_error_nobody_foresaw_is_one_line(monkeypatch, capsys):
+    def broken(): raise KeyError("a\nb\x07")
+    monkeypatch.setitem(cli.COMMANDS, "anchors", broken)
+    refused(capsys, ["anchors"], "unexpected KeyError", "--debug")
+    with pytest.raises(KeyError): cli.main(["anchors", "--debug"])
+
+
+# --- words from data in views -------------------------------------------------------
+def viewer(words, name="student"):
+    haystack = picture_haystack(0, 3, 1, "test")
+    asked = Question("", "", "choice", True, (0,), words)
+    haystack = type(haystack)(haystack.images, (asked,), f"h {EVIL}")
+    reading = ImageAttention(name, haystack.id, ((words, "?"),), torch.full((1, 2, 1, 1, 3), .2), torch.tensor([[-.1, -2.]]), torch.tensor([True]))
+    return HaystackViewer([haystack], [reading])
+
+
+@pytest.mark.parametrize("words", ["Is there a dog for $5, or $x_{1$?", "画像に犬はいますか", "هل يوجد كلب؟", "क्या कुत्ता है", "🦕 and 👩‍👩‍👧?", "a\tb\x1b\u202e", "$" * 7, r"\frac{1}{0} $\undefined$"])
+def test_the_viewer_takes_any_words(words):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        shown = viewer(words, f"model_$1 {words}")
+    assert "data:image/png" in shown.picture.value
+
+
+def test_words_are_no_markup():
+    shown = viewer(EVIL, EVIL)
+    html = [w.value for w in (shown.picture, shown.message)]
+    assert "<img src=x" not in "".join(html) and "&lt;img src=x" in html[0]
+    assert isinstance(shown.controls["question"], widgets.Dropdown) and not shown.controls["question"].description_allow_html
+    with pytest.raises(ValueError): shown.guarded(shown.save, f"{EVIL}/a.nope")
+    assert "<img" not in shown.message.value
+    assert "<img" not in accuracy.table_markdown([[("model", ""), ("1", "")], [(EVIL, ""), ("50", "9–91")]]) and r"a\|b" in accuracy.table_markdown([[("a|b", "")], [("c", "")]])
+
+
+def test_words_of_figures():
+    assert figure_words("plain") == dict(s="plain", fontfamily=["DejaVu Sans"], parse_math=False)
+    assert figure_label("a$b") == r"a\$b" and figure_label("_hidden").endswith("_hidden") and not figure_label("_hidden").startswith("_")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        axes = Figure().subplots()
+        axes.plot([1], [1], label=figure_label("$a$ 🦕"))
+        axes.legend().figure.canvas.draw()
