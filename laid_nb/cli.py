@@ -383,13 +383,12 @@ def train(
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     begin = start_point(out, _checkpoint(args.resume_from_checkpoint), args.overwrite_output_dir, args.world_size)
-    columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
-    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
+    names = image_column, question_column, answer_column, choices_column, data_split
+    def read(files): return read_haystacks(files, image_root, benchmark, **_columns(*names))
     stacks = read(data) if data else drawn_training(sizes, haystacks, args.seed, kind)
     tests = _validation_set(stacks, read, eval_data, eval_sizes, eval_questions, kind)
     refuse_bad_pictures(stacks + tests)
-    if args.process_index == 0:
-        _say_plan(student, teacher, args, stacks)
+    _say_plan(student, teacher, args, stacks)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with _until_stopped(out) as callback:
         with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
@@ -397,7 +396,8 @@ def train(
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", (student, teacher), stacks, tests)
     with trainer.company():
-        if args.push_to_hub: trainer.push_to_hub()
+        if args.push_to_hub:
+            trainer.push_to_hub()
         trainer.accelerator.wait_for_everyone()  # torchrun ends the others as soon as one process ends
     trainer.accelerator.end_training()
     return out/"model"
@@ -544,6 +544,7 @@ def _read_config(name: str):
 # %% ../nbs/13_cli.ipynb #plan-train
 def _say_plan(student: str, teacher: str, args, haystacks: list) -> None:
     "Two lines before anything is loaded: what the training needs, and where that does not fit."
+    if args.process_index > 0: return
     import torch
     from laid_nb.plan import Cards, plan_training
     own, other = (_read_config(name) for name in (student, student if teacher == "self" else teacher))

@@ -518,8 +518,7 @@ class LaidTrainer(Trainer):
         if args.recompose:
             seed = args.data_seed or args.seed
             train_dataset = Recomposed(train_dataset, args.recompose, collator, seed, lambda: self.epoch)
-        own = dict(vars(model.config))
-        quantised = is_quantised(model)
+        own, quantised = dict(vars(model.config)), is_quantised(model)
         if quantised and args.lora_rank:
             model._hf_peft_config_loaded = True  # the mark by which Trainer sees that adapters are there
         super().__init__(model, args, train_dataset=train_dataset, processing_class=processing_class, **kwargs)
