@@ -16,7 +16,7 @@ from torch import nn
 
 from .attention import attention_kinds, layers_left_out, said_of_layers
 from .capture import capture, residual_streams
-from .inputs import image_inputs, read_groups, read_positions, to_model
+from .inputs import batch_of, image_inputs, read_groups, read_positions, same_tokens, to_model
 from .losses import unit_rms
 from .mixing import GramStats, best_pairs, check_heads, explained_table, layer_pairs, mixing_kind, mixings
 from .rope import RopeSpec, rope_layers, rope_spec, shared_rope
@@ -93,7 +93,8 @@ def needle_scores(
 ) -> torch.Tensor:  # [layers, heads], in 0..1; nan for layers that do not attend causally to all tokens
     """Mean share of attention from the tokens of a question to the image it asks about (ours). Warns of layers that are
     left out."""
-    found, layers = [], _plain_layers(model, batches, role)
+    batches, found = [batch_of(batch, role) for batch in batches], []
+    layers = _plain_layers(model, batches, role)
     for batch in batches:
         batch = to_model(model, batch)
         groups, turn = read_groups(model, batch), batch["turn"]
@@ -163,11 +164,12 @@ def _read_pair(
     teacher,  # a transformers model
     batch: dict,  # from `HaystackCollator`, on the student's device
 ) -> None:
-    "Both models read a batch at the student's positions; what they make of it is captured by whoever asked."
-    positions = read_positions(student, batch)
+    """Both models read a batch at the student's positions, or each what is its own; what they make of it is captured by
+    whoever asked."""
     for model, role in ((student, "student"), (teacher, "teacher")):
-        model(**image_inputs(model, batch, role), position_ids=to_model(model, positions), logits_to_keep=1,
-              use_cache=False)
+        own = batch_of(batch, role)
+        positions = to_model(model, read_positions(student if own is batch else model, own))
+        model(**image_inputs(model, own, role), position_ids=positions, logits_to_keep=1, use_cache=False)
 
 @torch.no_grad()
 def gram_sums(
@@ -199,7 +201,7 @@ def fit_mixing(
 ) -> dict[tuple[int, int], GramStats]:  # what was measured, by pair; empty where heads cannot be compared by dimension
     "Start the weights, and measure the teacher's scales where Eq. 7 is to be had."
     pairs, by_band = pairs_of(mixing), next(iter(mixing.values())).form != "scalar"
-    comparable = all(shared_specs(student, teacher, pairs).values())
+    comparable = all(shared_specs(student, teacher, pairs).values()) and all(map(same_tokens, batches))
     stats = gram_sums(pairs, student, teacher, batches, by_band) if comparable else {}
     generator = torch.Generator().manual_seed(seed)
     for pair, mix in zip(pairs, mixing.values()):

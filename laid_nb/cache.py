@@ -17,6 +17,7 @@ from torch import distributed, nn
 
 from .folder import Damaged, TensorFolder, tensor_hash
 from .haystack import haystack_fingerprint
+from .inputs import batch_of
 from .losses import TERMS
 from .patch import patch
 from .recompose import is_recomposed
@@ -36,8 +37,10 @@ class KeyedCollator:
         samples: list,  # haystacks, or samples from `precompute`
     ) -> dict:
         encoded = [s if isinstance(s, dict) else self.collator.encode(s) for s in samples]
-        content = ["fresh-"*is_recomposed(s) + _content(e) for s, e in zip(samples, encoded)]
-        return self.collator(encoded) | {"content": content}
+        content = ["fresh-"*is_recomposed(s) + _content(batch_of(e, "teacher")) for s, e in zip(samples, encoded)]
+        batch = self.collator(encoded)
+        batch_of(batch, "teacher")["content"] = content
+        return batch | {"content": content}
 
 def _content(sample: dict) -> str:
     "Hash of what a teacher reads of an encoded sample, and of where its replies are."

@@ -152,8 +152,10 @@ def _together(model, texts, batch) -> list[list[int]]:
 
 # %% ../nbs/10a_evaluate.ipynb #choice-ids
 def _choice_ids(tokenizer, choices, lead=""):
-    "Token ids of each choice, as it stands behind `lead`, the white space that a template puts before a reply."
-    return [tokenizer(lead + choice, add_special_tokens=False).input_ids for choice in choices]
+    """Token ids of each choice, as it stands behind `lead`, the white space that a template puts before a reply; and
+    behind text, where a SentencePiece tokenizer writes no ▁ that is not there."""
+    before = len(tokenizer("\n", add_special_tokens=False).input_ids)
+    return [tokenizer("\n" + lead + choice, add_special_tokens=False).input_ids[before:] for choice in choices]
 
 def answer_ids(
     tokenizer,

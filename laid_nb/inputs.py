@@ -263,7 +263,7 @@ def _owners(offsets, spans) -> torch.Tensor:
     return owner[None]
 
 # %% ../nbs/07c_inputs.ipynb #run-processor
-OURS = ("labels", "replies", "turn", "image", "prefix", "needles", "haystack", "content",  # not for a model
+OURS = ("labels", "replies", "turn", "image", "prefix", "needles", "haystack", "content", "teacher",  # not for a model
         "student_features", "teacher_features", "features", "prompt")
 
 def _check_fields(made, family, processor):
@@ -525,7 +525,12 @@ def image_features(
 
 def _replace_pixels(sample, models) -> dict:
     """A sample with features [merged tokens, hidden] in place of pixels; `models`: name of the features -> the model.
-    One without pixels stays as it is."""
+    One without pixels stays as it is. A teacher that reads inputs of its own has its features there."""
+    if "teacher" in sample:
+        own = {name: x for name, x in sample.items() if name != "teacher"}
+        of_teacher = {name: model for name, model in models.items() if name == "teacher_features"}
+        of_student = {name: model for name, model in models.items() if name not in of_teacher}
+        return _replace_pixels(own, of_student) | {"teacher": _replace_pixels(sample["teacher"], of_teacher)}
     if not any(name in sample for model in models.values() for name in family_of(model).pixels): return sample
     features = {name: image_features(model, sample) for name, model in models.items()}
     pixels = {name for model in models.values() for name in family_of(model).pixels}
@@ -624,7 +629,19 @@ class StoredSamples(torch.utils.data.Dataset):
             raise ValueError(f"sample {i} is not in {self.folder.path}: "
                              "precompute it, in every process, before training")
         needles = [list(q.needles) for q in haystack.questions[:self.turns]]
-        return tensors | {"needles": needles, "prompt": self.prompt, "haystack": haystack}
+        return _nested(tensors, needles) | {"needles": needles, "prompt": self.prompt, "haystack": haystack}
+
+# %% ../nbs/07c_inputs.ipynb #flat
+def _flat(sample) -> dict[str, torch.Tensor]:
+    "The tensors of a sample, those that the teacher alone reads as `teacher.NAME`."
+    own = {f"teacher.{name}": x for name, x in sample.get("teacher", {}).items()}
+    return {name: x for name, x in (sample | own).items() if torch.is_tensor(x)}
+
+def _nested(tensors, needles) -> dict:
+    "Back from `_flat`."
+    own = {name.removeprefix("teacher."): x for name, x in tensors.items() if name.startswith("teacher.")}
+    shared = {name: x for name, x in tensors.items() if not name.startswith("teacher.")}
+    return shared | ({"teacher": own | {"needles": needles}} if own else {})
 
 # %% ../nbs/07c_inputs.ipynb #store
 def _store(haystacks, collator, models, folder, share, progress) -> StoredSamples:
@@ -632,12 +649,14 @@ def _store(haystacks, collator, models, folder, share, progress) -> StoredSample
     about = {name: tower_fingerprint(model) for name, model in models.items()}
     about |= dict(processor=processor_fingerprint(collator.processor), turns=collator.turns, size=collator.size,
                   prompt=collator.prompt)
+    if hasattr(collator, "teacher"):  # a `PairCollator`
+        about["teacher_processor"] = processor_fingerprint(collator.teacher.processor)
     kept, keys = TensorFolder(folder, about), [sample_key(h, collator.turns) for h in haystacks]
     bar = tqdm(range(share[0], len(keys), share[1]), desc="encode haystacks", unit="haystack", disable=not progress)
     for i in bar:
         if keys[i] in kept: continue
         sample = _replace_pixels(collator.encode(haystacks[i]), models)
-        kept.save(keys[i], {name: x for name, x in sample.items() if torch.is_tensor(x)})
+        kept.save(keys[i], _flat(sample))
     return StoredSamples(haystacks, keys, kept, collator.turns, _towers(models), collator.prompt)
 
 # %% ../nbs/07c_inputs.ipynb #to-model
@@ -650,6 +669,21 @@ def to_model(
     spread = getattr(embed, "_hf_hook", None)  # accelerate's, of a model over several devices
     place = getattr(spread, "execution_device", None)
     return send_to_device(inputs, embed.weight.device if place is None else place)
+
+# %% ../nbs/07c_inputs.ipynb #batch-of
+def batch_of(
+    batch: dict,  # from a collator
+    role: str | None,  # "student" or "teacher"; None: of a prompt
+) -> dict:
+    "What a model reads: the batch, or what stands in it for the teacher alone."
+    return batch.get("teacher", batch) if role == "teacher" else batch
+
+def same_tokens(
+    batch: dict,  # from a collator
+) -> bool:
+    "Whether both models read the same token ids."
+    own = batch_of(batch, "teacher")["input_ids"]
+    return own.shape == batch["input_ids"].shape and bool((own == batch["input_ids"]).all())
 
 # %% ../nbs/07c_inputs.ipynb #image-inputs
 def _check_seen(model, batch, name):
@@ -674,7 +708,7 @@ def image_inputs(
     role: str | None = None,  # "student" or "teacher": whose features to use, if there are any; None: a prompt's
 ) -> dict:  # arguments of the model, without positions
     "What to call the model with; ValueError when precomputed features do not fit it."
-    family, name = family_of(model), f"{role}_features" if role else "features"
+    batch, family, name = batch_of(batch, role), family_of(model), f"{role}_features" if role else "features"
     features = batch.get(name)
     if features is None:
         _check_seen(model, batch, name)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['documents', 'doc_to_messages', 'doc_to_visual', 'doc_to_text', 'process_results', 'drawn_documents', 'vhs_documents',
-           'file_documents', 'LmmsModel', 'lmms_models', 'read_samples', 'paired_interval', 'paired_differences',
-           'difference_cells']
+           'mmlongbench_documents', 'file_documents', 'LmmsModel', 'lmms_models', 'read_samples', 'paired_interval',
+           'paired_differences', 'difference_cells']
 
 # %% ../nbs/10b_lmms.ipynb #imports
 import json
@@ -99,6 +99,13 @@ def _of_files(paths, benchmark):
     row, root = BENCHMARKS[benchmark], _setting("LAID_IMAGE_ROOT", "the folder that image paths start from")
     return _dataset(documents(row.prompt, paths=[str(p) for p in paths], image_root=root, benchmark=benchmark))
 
+def _only(found, folder, what):
+    "One file. ValueError for none or several."
+    if len(found) == 1: return found
+    there = f"{len(found)} files: {', '.join(map(str, found))}; set it to one folder" if found else "no file"
+    raise ValueError(f"LAID_DATA={folder} has, for {what}, {there}")
+
+# %% ../nbs/10b_lmms.ipynb #sets-named
 def drawn_documents(
     needles: str,  # "single" or "multi"
     size: int,  # images
@@ -117,10 +124,17 @@ def vhs_documents(
     names += [f"{size//1000}K"] if size != "oracle" and size >= 1000 else []
     there = [path for n in names for path in sorted(folder.rglob(f"visual_haystack_{n}.json"))]
     found = [path for path in there if f"{needles}_needle" in path.parts]
-    if len(found) != 1:
-        what = f"{len(found)} files: {', '.join(map(str, found))}; set it to one folder" if found else "no file"
-        raise ValueError(f"LAID_DATA={folder} has, for {needles} needles and {size} images, {what}")
-    return _of_files(found, "vhs")
+    return _of_files(_only(found, folder, f"{needles} needles and {size} images"), "vhs")
+
+def mmlongbench_documents(
+    needles: str,  # "single" or "multi"
+    length: int,  # thousands of tokens, as the file's name says
+    _=None,
+):  # -> datasets.Dataset
+    "A file of MMLongBench's visual haystacks. ValueError where there is none of this length below LAID_DATA."
+    folder = Path(_setting("LAID_DATA", "the folder mmlb_data or one in it"))
+    found = sorted(folder.rglob(f"vh_{needles}_test_*_K{length}_dep*.jsonl"))
+    return _of_files(_only(found, folder, f"{needles} needles and {length}K tokens"), "mmlongbench")
 
 def file_documents(
     _=None,

@@ -580,6 +580,7 @@ class Evidence:
     spec: RopeSpec | None = None  # RoPE of both layers; None where they differ
     streams: tuple | None = None  # (student's, target) residual streams [batch, tokens, width] after a pair of layers
     mask: torch.Tensor | None = None  # [batch, tokens], 1 = real
+    spans: tuple | None = None  # where the models read other tokens: bool [batch, tokens] of each, True = of an image
     positions: torch.Tensor | None = None  # [3, batch, tokens] or [batch, tokens], as both models read them
     bias: tuple | None = None  # (rows, keys), each [batch, tokens, images], that the student reads with; None = none
     target_bias: tuple | None = None  # the same of the teacher, where it reads with another one
@@ -598,6 +599,7 @@ class Term:
     methods: tuple[str, ...]  # those that have it by default, with weight alpha (`sft`: the rest)
     colour: str  # in figures
     per: str  # what it is a mean over, one of `ITEMS`
+    alike: str = "tokens"  # what both models must read alike: "tokens", "answers" (their tokens), "images" or "nothing"
     options: dict[str, tuple] = field(default_factory=dict)  # settings of its own: name -> (type, default, help)
 
 TERMS: dict[str, Term] = {}  # by name, in the order of the log
@@ -623,15 +625,19 @@ def _answers_loss(e: Evidence) -> torch.Tensor:
     return F.cross_entropy(e.logits.float(), e.answers, reduction="sum") / len(e.answers)
 
 def _fourier_by_sample(e: Evidence) -> torch.Tensor:
-    "The Fourier loss of each sample alone, mean over samples."
-    n = len(e.heads[0])
+    "The Fourier loss of each sample alone, mean over samples; over the tokens of images where the models read others."
+    n, (mask, target_mask) = len(e.heads[0]), e.spans or (e.mask, None)
     one = lambda x, b: None if x is None else x[b:b + 1]
-    return sum(fourier_loss(*(one(x, b) for x in (*e.heads, e.mask)), *e.scalings, spec=e.spec) for b in range(n)) / n
+    spec = None if e.spans else e.spec  # a band turns otherwise over images that are cut otherwise
+    return sum(fourier_loss(*(one(x, b) for x in (*e.heads, mask)), *e.scalings, spec, one(target_mask, b))
+               for b in range(n)) / n
 
-TERMS["sft"] = Term(_answers_loss, "the known answers", sees="answers", methods=METHODS, colour="C1", per="replies")
+TERMS["sft"] = Term(_answers_loss, "the known answers", sees="answers", methods=METHODS, colour="C1", per="replies",
+                    alike="nothing")
 TERMS["kl"] = Term(
     lambda e: kl_loss(e.logits, e.teacher_logits, e.settings.temperature, e.settings.divergence),
     "the teacher's softened answers", sees="answers", methods=METHODS[1:], colour="C2", per="replies",
+    alike="answers",
     options={"temperature": (float, 2.0, "Temperature of the KL term."),
              "divergence": (Literal["forward", "reverse", "jsd"], "forward", (
                  "KL term: KL(teacher, student), the paper's; the reverse; or the Jensen-Shannon divergence."))})
@@ -640,7 +646,7 @@ TERMS["laid"] = Term(
     "queries and keys themselves (Eq. 7)", sees="heads", methods=METHODS[2:], colour="C4", per="tokens")
 TERMS["fourier"] = Term(
     _fourier_by_sample,
-    "spectra of the distance response", sees="heads", methods=METHODS[3:], colour="C5", per="samples")
+    "spectra of the distance response", sees="heads", methods=METHODS[3:], colour="C5", per="samples", alike="images")
 TERMS["attention"] = Term(
     lambda e: attention_match_loss(
         *e.heads, e.mask, *e.scalings, positions=e.positions, beta=e.settings.beta * e.level, bias=e.bias,

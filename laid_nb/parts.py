@@ -21,7 +21,7 @@ from laid_nb.align import (
 )
 from .capture import Cache, residual_streams
 from .gain import folded_state, gain_folds, rope_gains
-from .inputs import image_inputs, read_positions, to_model
+from .inputs import batch_of, image_inputs, read_positions, to_model
 from .losses import TERMS, Evidence, unit_rms
 from .patch import patch
 from .rope import rope_layers
@@ -137,8 +137,10 @@ def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:
     "`ValueError` for an aligned layer that does not attend as the terms count; `reach`: tokens up to which all do."
     self.reach, reaches = None, []
     for i, (model, role) in enumerate(((self.student, "student"), (self.teacher, "teacher"))):
-        inputs = batch and image_inputs(model, batch, role) | dict(
-            position_ids=to_model(model, read_positions(self.student, batch)))
+        own = batch and batch_of(batch, role)
+        reader = self.student if own is batch else model
+        inputs = own and image_inputs(model, own, role) | dict(
+            position_ids=to_model(model, read_positions(reader, own)))
         reaches.append(check_full_attention(model, {pair[i] for pair in self.pairs}, role, inputs=inputs, **tokens))
     self.reach = min(filter(None, reaches), default=None)
 

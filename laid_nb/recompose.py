@@ -266,6 +266,8 @@ def has_unlabelled(
 # %% ../nbs/07d_recompose.ipynb #recompose
 def _encoder(samples, collator) -> Callable:
     "Haystack -> sample: from pieces where samples have features; samples without, as of passages, are encoded anew."
+    if "teacher" in samples[0]:
+        raise ValueError("encoded samples with inputs of the teacher's own cannot be put together anew: give haystacks")
     if any(name in samples[0] for name in FEATURES): return PieceEncoder(samples, collator)
     return lambda haystack: collator.encode(haystack) | {"prompt": collator.prompt, "haystack": haystack}
 

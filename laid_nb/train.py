@@ -37,7 +37,7 @@ from laid_nb.checkpoint import (
 )
 from .haystack import haystack_fingerprint, row_haystack
 from laid_nb.inputs import (
-    HaystackCollator, SizeSampler, check_among, check_towers, image_inputs, n_images, precompute, read_groups,
+    HaystackCollator, SizeSampler, batch_of, check_among, check_towers, image_inputs, n_images, precompute, read_groups,
     read_positions, save_prompt, to_model
 )
 from .limits import limit_pixels
@@ -45,7 +45,7 @@ from laid_nb.losses import (
     ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 )
 from .mixing import FORMS
-from .pair import check_same_reading
+from .pair import PairCollator, PairReading, read_pair
 from .parts import PARTS, GainPart, LoraPart, StreamPart, check_parts, make_parts
 from .patch import patch
 from .pictures import BadPicture
@@ -330,14 +330,22 @@ def check_pair(
     teacher_tokenizer=None,  # None: it is the student's
 ) -> None:
     "`ValueError` unless both can read the same token ids."
-    if teacher is student: raise ValueError("teacher and student are the same object: load the model twice")
+    check_reader(teacher, student, student_tokenizer)
     check_apart(student, teacher)
     if teacher_tokenizer is not None:
         check_same_tokens(student_tokenizer, teacher_tokenizer)
     a, b = (getattr(m.config, "image_token_id", None) for m in (student, teacher))
     if a != b:
         raise ValueError(f"image token is {a} for the student and {b} for the teacher: they cannot read the same input")
-    largest, rows = max(student_tokenizer.get_vocab().values()), teacher.get_input_embeddings().num_embeddings
+
+def check_reader(
+    teacher,  # a transformers model
+    student,  # a transformers model
+    tokenizer,  # that makes the teacher's ids
+) -> None:
+    "`ValueError` for a teacher that is its own student, or does not embed all ids of a tokenizer."
+    if teacher is student: raise ValueError("teacher and student are the same object: load the model twice")
+    largest, rows = max(tokenizer.get_vocab().values()), teacher.get_input_embeddings().num_embeddings
     if largest >= rows: raise ValueError(f"the tokenizer has ids to {largest}, the teacher embeds only {rows}")
 
 def set_limits(args: LaidConfig, data, *processors) -> None:
@@ -482,15 +490,16 @@ class LaidTrainer(Trainer):
         train_dataset,  # haystacks, or samples from `precompute`: a list, or any iterable of them (with max_steps)
         processing_class,  # the student's processor; saved with it
         teacher=None,  # the anchor, read only; not needed for method "sft"
-        teacher_processing_class=None,  # its processor, to see that both read the same; None: it is the student's
+        teacher_processing_class=None,  # its processor, where it may not be the student's; None: it is the student's
         simulation: WindowSimulation | None = None,  # how short samples are read as long ones; None: as they are
         **kwargs,  # further arguments of Trainer, such as callbacks, data_collator or eval_dataset
     ):
-        collator = kwargs.setdefault("data_collator", HaystackCollator(processing_class))
-        kwargs["data_collator"] = PictureGuard(collator, args.on_bad_image)
         train_dataset = as_stream(train_dataset)
         set_limits(args, train_dataset, processing_class, teacher_processing_class)
         self.simulation, self.teacher = simulation or WindowSimulation(), None if args.method == "sft" else teacher
+        collator = kwargs.get("data_collator") or HaystackCollator(processing_class)
+        collator, self.read_alike = self._pair_collator(collator, processing_class, teacher_processing_class)
+        kwargs["data_collator"] = PictureGuard(collator, args.on_bad_image)
         self.pair = self._describe_pair(model, processing_class, teacher_processing_class)
         _check_run(args, train_dataset, teacher, collator)
         self._check_models(model, args, processing_class, teacher_processing_class)
@@ -523,6 +532,29 @@ class LaidTrainer(Trainer):
         if self.accelerator.ddp_handler is not None:
             self.accelerator.ddp_handler.gradient_as_bucket_view = True  # else gradients are there twice
 
+# %% ../nbs/09b_train.ipynb #own-inputs
+@patch
+def _pair_collator(self: LaidTrainer, collator, processor, teacher_processor):  # -> (collator, `PairReading`)
+    "A collator that gives each model what it reads, and how alike that is."
+    if self.teacher is None or teacher_processor is None: return collator, PairReading()
+    alike = read_pair(processor, teacher_processor)
+    if alike.kind == "same": return collator, alike
+    return PairCollator(collator, teacher_processor, alike), alike
+
+@patch
+def _check_alike(self: LaidTrainer, student, args: LaidConfig, processor, teacher_processor):
+    "`ValueError` for a teacher that cannot read what it is given, or terms that compare what is not alike."
+    if self.read_alike.same_tokens:
+        check_pair(student, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
+    else:
+        check_reader(self.teacher, student, tokenizer_of(teacher_processor))
+    compared = self.read_alike.compared(args.weights, args.by_dimension)
+    if not self.read_alike.same_tokens and args.aligns:
+        check_among(student)
+        check_among(self.teacher)
+    if self.read_alike.kind != "same":
+        warnings.warn(f"{self.read_alike}. Compared: {compared}", stacklevel=4)
+
 # %% ../nbs/09b_train.ipynb #check-models
 @patch
 def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher_processor):
@@ -530,9 +562,7 @@ def _check_models(self: LaidTrainer, model, args: LaidConfig, processor, teacher
     rope_spec(model, max(rope_layers(model), default=0))  # refuses a model without RoPE
     mend_generation(model)
     if self.teacher is not None:
-        check_pair(model, self.teacher, *map(tokenizer_of, (processor, teacher_processor)))
-        if teacher_processor is not None:
-            check_same_reading(processor, teacher_processor)
+        self._check_alike(model, args, processor, teacher_processor)
         if has_body(self.teacher):
             warn_if_swapped(model, self.teacher)
         place_teacher(self.teacher, args.teacher_placement, args.device)
@@ -568,7 +598,8 @@ def _use_caches(self: LaidTrainer, args: LaidConfig, model, processor, data, gua
         data = precompute(data, collator, model, teacher, not args.disable_tqdm, args.feature_cache, share)
         args.distributed_state.wait_for_everyone()
     if args.teacher_cache:
-        self.cached = TeacherCache(args, self.teacher, processor, data, collator)
+        reads = getattr(collator, "teacher", collator).processor
+        self.cached = TeacherCache(args, self.teacher, reads, data, collator)
         guard.collator = KeyedCollator(collator)
     return data
 
@@ -859,11 +890,13 @@ def _get_grad_norm(self: LaidTrainer, model, grad_norm=None):
 def reading(
     self: LaidTrainer,
     batch: dict,  # on the device
+    reader=None,  # whose positions: the teacher where the batch is its own; None: the student
 ) -> tuple:  # (positions [3, batch, tokens] or [batch, tokens], factors of the student's bias or None, the teacher's)
     "How both models read a micro-batch: as it is, or with the window of this point of the training."
-    position_ids, simulates = read_positions(self.model, batch), self.model.training and self.simulates
+    reader = reader or self.model
+    position_ids, simulates = read_positions(reader, batch), self.model.training and self.simulates
     if not (simulates or self.simulation.thin): return position_ids, None, None
-    groups = read_groups(self.model, batch)
+    groups = read_groups(reader, batch)
     asked, bias = asked_rows(batch["turn"], batch["needles"], groups), None
     if simulates:
         generator = step_generator(self.args.seed, *self.place, self.args.process_index)
@@ -900,6 +933,21 @@ def ask_teacher(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Te
         said |= part.heard()
     return {name: x.to(rows.device) if x.ndim else x for name, x in said.items()}
 
+# %% ../nbs/09b_train.ipynb #teacher-call
+def _reply_rows(batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    "Rows whose next token is of a reply, bool [batch, tokens]; the columns in which any sample replies."
+    rows, _ = supervised_rows(batch["input_ids"].where(batch["replies"], -100))
+    return rows, rows.any(0).nonzero()[:, 0]
+
+@patch
+def teacher_call(self: LaidTrainer, inputs: dict, how: dict, bias, rows: torch.Tensor) -> tuple:
+    "The arguments of `read_teacher`: those of the student, or of what the teacher alone reads."
+    own = batch_of(inputs, "teacher")
+    if own is inputs: return inputs, how, bias, rows
+    rows, keep = _reply_rows(own)
+    position_ids, _, bias = self.reading(own, self.teacher)
+    return own, how | dict(position_ids=position_ids, logits_to_keep=keep), bias, rows
+
 # %% ../nbs/09b_train.ipynb #loss
 @patch
 def evidence(
@@ -908,8 +956,7 @@ def evidence(
     inputs: dict,  # micro-batch, on the device
 ) -> tuple:  # (Evidence of the answers, {(student layer, teacher layer): Evidence}, the student's output)
     "Both models read a micro-batch; to be called while `captured`."
-    rows, _ = supervised_rows(inputs["input_ids"].where(inputs["replies"], -100))
-    keep = rows.any(0).nonzero()[:, 0]  # columns in which any sample replies
+    rows, keep = _reply_rows(inputs)
     position_ids, bias, target_bias = self.reading(inputs)
     how = dict(position_ids=position_ids, logits_to_keep=keep, use_cache=False)
     self.caches[0].bias, given = bias, image_inputs(self.model, inputs, "student")
@@ -921,9 +968,11 @@ def evidence(
         answers=inputs["labels"][:, 1:][rows[:, :-1]],  # what the rows should say; -100 where nobody has said
         mask=inputs["attention_mask"], positions=position_ids, bias=bias, target_bias=target_bias, turn=inputs["turn"],
         groups=lambda: read_groups(self.model, inputs))
+    if not self.read_alike.same_tokens:
+        found.spans = tuple(batch_of(inputs, role)["image"] >= 0 for role in ("student", "teacher"))
     pairs = {}
     if self.teacher is not None:
-        said = self.read_teacher(inputs, how, target_bias, rows)
+        said = self.read_teacher(*self.teacher_call(inputs, how, target_bias, rows))
         found.teacher_logits = said["logits"]
         for part in self.parts:
             pairs = part.show(found, pairs, said)
@@ -939,7 +988,7 @@ def terms(
     found = {}
     for name, weight in self.args.weights.items():
         term = TERMS[name]
-        if term.sees == "answers":
+        if term.sees == "answers" and (weight or self.read_alike.allows(name)):
             found[name] = term.loss(answers)
         elif weight:
             found[name] = sum(term.loss(evidence) for evidence in pairs.values())
@@ -1291,6 +1340,7 @@ def quiet_training(
     processor,  # its processor
     data,  # haystacks, or samples from `precompute`
     teacher=None,  # a transformers model; not needed for method "sft"
+    teacher_processing_class=None,  # its processor; None: it is the student's
     callbacks: tuple = (),  # transformers.TrainerCallback
     trainer: type = LaidTrainer,  # or a subclass
     **settings,  # of LaidConfig and WindowSimulation
@@ -1299,7 +1349,7 @@ def quiet_training(
     with tempfile.TemporaryDirectory() as scratch:
         silent = dict(output_dir=scratch, save_strategy="no", report_to="none", disable_tqdm=True)
         config, simulation = HfArgumentParser((LaidConfig, WindowSimulation)).parse_dict(silent | settings)
-        made = trainer(student, config, data, processor, teacher=teacher, simulation=simulation,
+        made = trainer(student, config, data, processor, teacher, teacher_processing_class, simulation,
                        callbacks=list(callbacks))
         made.remove_callback(PrinterCallback)
         made.train()

@@ -1,4 +1,7 @@
 """Every row of FAMILIES as a tiny random pair and a stock processor, made offline."""
+import json
+import string
+
 import torch
 import transformers as t
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -25,6 +28,22 @@ def tokenizer(*specials, named=None, bos=None, eos="<|im_end|>", pad="<|endoftex
     core.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=700, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
     core.add_special_tokens(list(dict.fromkeys([pad, "<|im_start|>", eos, *([bos] if bos else []), *specials])))
     return t.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token=pad, bos_token=bos, model_max_length=32768, extra_special_tokens=named or {})
+
+
+def metaspace(*specials, named=None, bos="<s>", eos="</s>", pad="<pad>"):
+    "As SentencePiece makes them: a Unigram whose words begin with ▁, one put before the text, and bytes for what it does not know."
+    texts = [Question(n, n, kind, True, (0,)).text + " Yes No user assistant passage there is here a cup tie" for n in OBJECTS for kind in ("single", "all", "any")]
+    texts += list(string.ascii_letters + string.digits + ".,:?!|<>")  # no letter is unknown
+    learnt = Tokenizer(models.Unigram())
+    learnt.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    learnt.train_from_iterator(texts, trainers.UnigramTrainer(vocab_size=300, unk_token="<unk>", special_tokens=["<unk>"], show_progress=False))
+    pieces = json.loads(learnt.to_str())["model"]["vocab"] + [[f"<0x{byte:02X}>", -20.] for byte in range(256)]
+    core = Tokenizer(models.Unigram([tuple(piece) for piece in pieces], unk_id=0, byte_fallback=True))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)])
+    core.add_special_tokens(list(dict.fromkeys([pad, bos, eos, *specials])))
+    return t.PreTrainedTokenizerFast(tokenizer_object=core, eos_token=eos, pad_token=pad, bos_token=bos, unk_token="<unk>", model_max_length=32768,
+                                     extra_special_tokens=named or {})
 
 
 def text_config(name, words, **more):
@@ -122,8 +141,8 @@ def internvl():
     return reads, make
 
 
-def llava():
-    words = tokenizer("<image>", bos="<s>", named={"image_token": "<image>"})
+def llava(spm=False):
+    words = metaspace("<image>", "<|im_end|>", eos="<|im_end|>", named={"image_token": "<image>"}) if spm else tokenizer("<image>", bos="<s>", named={"image_token": "<image>"})
     template = ("{% for m in messages %}{{ m['role'] | upper }}: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n{% else %}{{ p['text'] }}"
                 "{% endif %}{% endfor %}{% if m['role'] == 'user' %} {% else %}<|im_end|>{% endif %}{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}")
     pictures = t.CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})
@@ -133,6 +152,9 @@ def llava():
         return t.LlavaForConditionalGeneration(t.LlavaConfig(
             text_config=text_config(name, words, model_type="llama", **plain()), vision_config=CLIP, image_token_id=words.image_token_id, tie_word_embeddings=False))
     return reads, make
+
+
+def llava_metaspace(): return llava(spm=True)
 
 
 def llava_onevision():
@@ -179,10 +201,10 @@ def paligemma():
     return reads, make
 
 
-def idefics3(smol=False):
+def idefics3(smol=False, tiled=False):
     rows = [f"<row_{i}_col_{j}>" for i in range(1, 7) for j in range(1, 7)]
     words = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", "<global-img>", *rows, bos="<|im_start|>")
-    made = dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=False)
+    made = dict(size={"longest_edge": 112}, max_image_size={"longest_edge": 56}, do_image_splitting=tiled)
     template = chat(colon=":", image="<image>", close="<end_of_utterance>\n")
     if smol: reads = t.SmolVLMProcessor(t.SmolVLMImageProcessor(**made), words, t.SmolVLMVideoProcessor(), image_seq_len=4, chat_template=template)
     else: reads = t.Idefics3Processor(t.Idefics3ImageProcessor(**made), words, image_seq_len=4, chat_template=template)
@@ -195,6 +217,7 @@ def idefics3(smol=False):
 
 
 def smolvlm(): return idefics3(smol=True)
+def idefics3_tiled(): return idefics3(tiled=True)
 
 
 def mistral3():
@@ -225,20 +248,21 @@ def mllama():
     return reads, make
 
 
-def language_model(model, config, bos=None, **settings):
+def language_model(model, config, bos=None, words=None, **settings):
     "A text model, with a tokenizer for a processor."
-    words = tokenizer(bos=bos)
+    words = words or tokenizer(bos=bos)
     words.chat_template = chat(bos="{{ bos_token }}" if bos else "")
     def make(name): return model(config(**text_config(name, words, **plain()) | {k: x[name] if isinstance(x, dict) else x for k, x in settings.items()}))
     return words, make
 
 
-FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_onevision, gemma3, paligemma, idefics3, smolvlm,
-                                    mistral3, mllama)} | {
+FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_metaspace, llava_onevision, gemma3, paligemma, idefics3,
+                                    idefics3_tiled, smolvlm, mistral3, mllama)} | {
     "llama": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, bos="<s>"),
     "smollm2": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, tie_word_embeddings=True),
     "qwen2": lambda: language_model(t.Qwen2ForCausalLM, t.Qwen2Config),
     "qwen3": lambda: language_model(t.Qwen3ForCausalLM, t.Qwen3Config),
+    "llama_metaspace": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, bos="<s>", words=metaspace("<|im_start|>", eos="<|im_end|>")),
     "mistral": lambda: language_model(t.MistralForCausalLM, t.MistralConfig, bos="<s>", sliding_window=24),
     "gemma3_text": lambda: language_model(t.Gemma3ForCausalLM, t.Gemma3TextConfig, bos="<bos>", sliding_window=24, query_pre_attn_scalar=8, rope_parameters=None,
                                           layer_types=WINDOWS),

@@ -2,10 +2,12 @@
 
 `python tests/test_families.py` makes all checks and writes data/results/families.json and the table in docs/families.md;
 with names of families it only says what it finds."""
+import copy
 import gc
 import json
 import math
 import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +33,7 @@ from laid_nb.inputs import (
     read_positions,
 )
 from laid_nb.inspector import read_heads
+from laid_nb.pair import PairCollator, read_pair
 from laid_nb.recompose import Recomposed
 from laid_nb.store import tokenizer_of
 from laid_nb.train import quiet_training
@@ -87,6 +90,14 @@ class Built:
         return self.reads.apply_chat_template(messages(haystack, turns, answers), tokenize=True, return_dict=True, return_tensors="pt",
                                               add_generation_prompt=not answers)
 
+    @property
+    def yes_no(self):
+        "The tokens that Yes and No begin with behind a prompt: where two whole conversations part, or as they are alone."
+        if "metaspace" not in self.name: return [self.words(" "*(self.name == "llava") + w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No")]
+        h = self.haystacks[0]
+        both = [self.whole(replace(h, questions=(replace(h.questions[0], answer=a),)), [0], True)["input_ids"][0].tolist() for a in (True, False)]
+        return list(next(pair for pair in zip(*both) if pair[0] != pair[1]))
+
     @torch.no_grad()
     def logits(self, model, given):
         return model(**{k: x for k, x in given.items() if k not in OURS}).logits
@@ -94,8 +105,7 @@ class Built:
 
 def runs(built, **settings):
     "One step of training: finite terms, and weights that moved."
-    student, teacher = built.model(), built.model("teacher")
-    data = settings.pop("data", built.haystacks)
+    student, teacher, data = built.model(), built.model("teacher"), built.haystacks
     before = {k: x.clone() for k, x in student.named_parameters()}
     done = quiet_training(student, built.reads, data, teacher=teacher, use_cpu=True, max_steps=1, per_device_train_batch_size=3, gradient_accumulation_steps=1,
                           learning_rate=1e-2, warmup_steps=0, logging_steps=1, **settings)
@@ -181,8 +191,7 @@ def check_pieces(built):
 @torch.no_grad()
 def check_evaluate(built):
     "Questions asked behind images that are read once: the numbers of whole prompts, one by one."
-    model, lead = built.exact, " "*(built.name == "llava")
-    yes_no = [built.words(lead + w, add_special_tokens=False).input_ids[0] for w in ("Yes", "No")]
+    model, yes_no = built.exact, built.yes_no
     for h in (built.haystacks[2], replace(built.haystacks[0], images=built.haystacks[0].images[:1], id="one",
                                           questions=tuple(replace(q, needles=(0,)) for q in built.haystacks[0].questions))):
         longer = replace(h, questions=tuple(replace(q, wording="Look. "*i + q.text) for i, q in enumerate(h.questions)))
@@ -231,22 +240,45 @@ def check_heads(built):
     assert len(other) == len(found.needle) or found.needle.nan_to_num().max() > 0
 
 
-@torch.no_grad()
 def check_reload(built):
-    "Saved, and read again by the stock classes: the same logits, the same prompt."
-    model, given = built.model(), built.whole(built.haystacks[0], [0], False)
-    given.pop("labels", None)
+    "Trained a step, saved, and read again by the stock classes: the same logits, the same prompt."
     stock, reader = (AutoModelForCausalLM, AutoTokenizer) if built.text else (AutoModelForImageTextToText, AutoProcessor)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        built.reads.save_pretrained(folder)
-        again, reads = stock.from_pretrained(folder), reader.from_pretrained(folder)
+    given, fresh = built.whole(built.haystacks[0], [0], False), built.model()
+    given.pop("labels", None)
+    done = quiet_training(built.model(), built.reads, built.haystacks[:1], use_cpu=True, max_steps=1, method="sft", learning_rate=1e-2, warmup_steps=0)
+    model = done.model.eval()
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        done.save_student(Path(folder)/"model")
+        again, reads = stock.from_pretrained(Path(folder)/"model"), reader.from_pretrained(Path(folder)/"model")
         assert type(again) is type(model)
         torch.testing.assert_close(again(**given).logits, model(**given).logits)
+        assert not torch.equal(fresh(**given).logits, model(**given).logits)
         once = Built(built.name, built.folder)
         once.made = reads, None
         stored = once.whole(built.haystacks[0], [0], False)
         assert torch.equal(stored["input_ids"], given["input_ids"])
+
+
+def check_pair(built):
+    "A teacher with a processor of its own: each model gets the pixels that its own processor makes, and every term is computed."
+    other, h = copy.deepcopy(built.reads), built.haystacks[1]
+    if built.text: other.chat_template = other.chat_template.replace("{% for m in messages %}", "Look. {% for m in messages %}", 1)
+    else: other.image_processor.image_mean, other.image_processor.image_std = [.3]*3, [.4]*3
+    alike = read_pair(built.reads, other)
+    assert alike.kind == ("tokens" if built.text else "pixels"), alike
+    batch = PairCollator(HaystackCollator(built.reads, turns=1), other, alike)([h])
+    made = []
+    for reads, own in ((built.reads, batch), (other, batch["teacher"])):
+        stock = reads.apply_chat_template(messages(h, [0], False), tokenize=True, return_dict=True, return_tensors="pt", add_generation_prompt=True)
+        start = stock["input_ids"].shape[1]
+        assert torch.equal(own["input_ids"][:, :start], stock["input_ids"])
+        for name in family_of(built.reads).pixels: assert built.text or torch.equal(own[name], stock[name])
+        made.append(stock)
+    assert built.text or not torch.equal(made[0]["pixel_values"], made[1]["pixel_values"])
+    assert built.text == (made[0]["input_ids"].shape != made[1]["input_ids"].shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        runs(built, method="kd", teacher_processing_class=other)
 
 
 CHECKS = {name.removeprefix("check_").replace("laid_plus", "laid+"): check for name, check in list(globals().items()) if name.startswith("check_")}

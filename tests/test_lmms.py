@@ -63,6 +63,7 @@ def test_there_is_a_task_for_every_size_of_visual_haystacks_and_of_ours():
     names = {path.stem for path in TASKS}
     for needles in ("single", "multi"):
         assert {f"laid_vhs_{needles}_{n}" for n in ("oracle", 2, 3, 5, 10, 20, 50, 100, 150, 200, 500, 1000, 10000)} <= names
+        assert {f"laid_mmlongbench_{needles}_{n}k" for n in (4, 8, 16, 32, 64, 128)} <= names
         assert {f"laid_drawn_{needles}_{n}" for n in (2, 5, 10, 20, 50, 100, 150)} <= names
 
 
@@ -122,6 +123,37 @@ def test_files_of_visual_haystacks_are_found_by_needles_and_size(tmp_path, monke
     with pytest.raises(ValueError, match="2 files: .*; set it to one folder"): lmms.vhs_documents("single", 5)
     monkeypatch.delenv("LAID_IMAGE_ROOT")
     with pytest.raises(ValueError, match="set LAID_IMAGE_ROOT"): lmms.vhs_documents("multi", 5)
+
+
+def as_mmlongbench(folder, name, haystacks):
+    "Drawn haystacks as a file of MMLongBench: (folder of files, folder of images)."
+    (folder/"NIAH").mkdir(parents=True, exist_ok=True)
+    (folder/"mmlb_image").mkdir(exist_ok=True)
+    lines = []
+    for n, h in enumerate(haystacks):
+        names = [f"{name}-{n}-{i}.png" for i in range(len(h.images))]
+        for i, image in enumerate(names): h.image(i).save(folder/"mmlb_image"/image)
+        for q in h.questions: lines.append(json.dumps(dict(id=len(lines), question=q.text, answer=q.reply.lower(), ctxs=names, positive_ctxs=[names[i] for i in q.needles])))
+    (folder/f"NIAH/{name}.jsonl").write_text("\n".join(lines))
+    return folder/"NIAH", folder/"mmlb_image"
+
+
+def test_files_of_mmlongbench_are_found_by_needles_and_length(pair, tmp_path, monkeypatch):
+    "And their answers and scores are those of `laid eval`."
+    model, processor = pair
+    data, images = as_mmlongbench(tmp_path, "vh_single_test_1000_K8_dep6", drawn_test([3], 4))
+    as_mmlongbench(tmp_path, "vh_multi_test_1000_K8_dep3", drawn_test([3], 2, kind="multi"))
+    monkeypatch.setenv("LAID_DATA", str(tmp_path))
+    monkeypatch.setenv("LAID_IMAGE_ROOT", str(images))
+    docs = config(FOLDER/"laid_mmlongbench_single_8k.yaml")["process_docs"](None)
+    haystacks, prompt = read_haystacks([data/"vh_single_test_1000_K8_dep6.jsonl"], images, "mmlongbench"), BENCHMARKS["mmlongbench"].prompt
+    records = evaluate(model, processor, haystacks, generate=True, prompt=prompt, progress=False)
+    entry = LmmsModel("distilled", device="cpu")
+    for doc, record in zip(docs, records, strict=True):
+        said = entry.answer(doc_to_messages(doc), {"max_new_tokens": 16})
+        assert said == record["response"] and process_results(doc, [said])["accuracy"] == record["correct"]
+    assert len(config(FOLDER/"laid_mmlongbench_multi_8k.yaml")["process_docs"](None)) == 2
+    with pytest.raises(ValueError, match="for single needles and 16K tokens, no file"): lmms.mmlongbench_documents("single", 16)
 
 
 # ---------------------------------------------------------------- the model

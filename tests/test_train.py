@@ -704,15 +704,7 @@ def test_unequal_tokenizers(trainer, processor):
     vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
     from tokenizers import Tokenizer
     other.tokenizer = type(processor.tokenizer)(tokenizer_object=Tokenizer.from_str(json.dumps(tokenizer)))
-    with pytest.raises(ValueError, match="tokenizers differ at id 300"): trainer(teacher_processing_class=other)
-
-
-@pytest.mark.parametrize("settings", [dict(image_mean=[.5]*3), dict(rescale_factor=1/127.5), dict(patch_size=16)], ids=str)
-def test_a_teacher_that_reads_otherwise_is_refused(trainer, processor, settings):
-    other = copy.deepcopy(processor)
-    for name, value in settings.items(): setattr(other.image_processor, name, value)
-    with pytest.raises(ValueError, match=f"do not read the same: image_processor.{next(iter(settings))} is"): trainer(teacher_processing_class=other)
-    trainer(teacher_processing_class=copy.deepcopy(processor))
+    with pytest.raises(ValueError, match="other vocabularies .*tokenizers differ at id 300.*: kl, laid cannot be had"): trainer(teacher_processing_class=other)
 
 
 def test_unequal_image_tokens(trainer, tiny):

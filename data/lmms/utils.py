@@ -7,11 +7,13 @@ from laid_nb.lmms import (  # noqa: F401
     doc_to_visual,
     drawn_documents,
     file_documents,
+    mmlongbench_documents,
     process_results,
     vhs_documents,
 )
 
 VHS_SIZES = ("oracle", 2, 3, 5, 10, 20, 50, 100, 150, 200, 500, 1000, 10000)
+MMLONGBENCH_LENGTHS = (4, 8, 16, 32, 64, 128)  # thousands of tokens
 DRAWN_SIZES = (1, 2, 5, 10, 20, 50, 100, 150)
 
 for size in VHS_SIZES:
@@ -20,3 +22,6 @@ for size in VHS_SIZES:
 for size in DRAWN_SIZES:
     for needles in ("single", "multi"):
         globals()[f"drawn_{needles}_{size}"] = partial(drawn_documents, needles, size)
+for length in MMLONGBENCH_LENGTHS:
+    for needles in ("single", "multi"):
+        globals()[f"mmlongbench_{needles}_{length}k"] = partial(mmlongbench_documents, needles, length)
