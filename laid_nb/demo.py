@@ -217,7 +217,7 @@ def distil(
     (student, processor), (teacher, _) = load_model(run.pair["student"], torch.float32), load_model(run.pair["teacher"])
     demo = run.demo
     trainer = quiet_training(
-        student, processor, run.pool, teacher, [_StepBar(name)], max_steps=demo.steps, seed=demo.seed,
+        student, processor, run.pool, teacher, callbacks=[_StepBar(name)], max_steps=demo.steps, seed=demo.seed,
         per_device_train_batch_size=demo.batch, gradient_accumulation_steps=1, learning_rate=demo.learning_rate,
         mixing_learning_rate=demo.mixing_learning_rate, use_cpu=run.device == "cpu", logging_steps=min(10, demo.steps),
         **TRAININGS[name])

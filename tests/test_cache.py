@@ -370,7 +370,9 @@ def test_a_head_is_not_enough_for_anything_else(run, haystacks, tmp_path):
     with pytest.raises(ValueError, match="does not hold all that is read, and of this teacher there is only the head"): run(teacher=cached_teacher(tmp_path/"cache"), **cache)
     with pytest.raises(ValueError, match="does not hold how the mixing starts"): run(teacher=cached_teacher(tmp_path/"cache"), student=tiny("student", 5), **cache)
     with pytest.raises(ValueError, match="recomposed samples are new each time"): run(teacher=cached_teacher(tmp_path/"cache"), recompose=.5, **cache)
-    for name, seed in (("one", 9), ("two", None)): run(teacher=tiny("teacher", seed), method="kd", max_steps=1, teacher_cache=str(tmp_path/name))
+    another = tiny("teacher")
+    another.lm_head.weight.data[0] += 1
+    for name, teacher in (("one", another), ("two", tiny("teacher"))): run(teacher=teacher, method="kd", max_steps=1, teacher_cache=str(tmp_path/name))
     with pytest.raises(ValueError, match="something else: teacher is"): run(teacher=cached_teacher(tmp_path/"one"), method="kd", teacher_cache=str(tmp_path/"two"))
     with pytest.raises(ValueError, match="is no teacher cache"): cached_teacher(tmp_path)
 

@@ -49,10 +49,10 @@ def refused(capsys, line, *words):
 
 
 def test_a_quick_part_of_the_fuzzer(tmp_path):
-    line = [sys.executable, str(ROOT/"tests/fuzz.py"), "--cases", "160", "--seed", "5", "--only", "files", "images", "configs", "command lines", "--out", str(tmp_path/"f.json")]
+    line = [sys.executable, str(ROOT/"tests/fuzz.py"), "--cases", "60", "--seed", "5", "--only", "files", "images", "configs", "command lines", "--out", str(tmp_path/"f.json")]
     done = subprocess.run(line, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(row["cases"] for row in json.loads((tmp_path/"f.json").read_text())["targets"].values()) >= 150
+    assert sum(row["cases"] for row in json.loads((tmp_path/"f.json").read_text())["targets"].values()) >= 50
 
 
 @pytest.mark.parametrize("text, words", [
