@@ -155,6 +155,11 @@ def slug(
     return re.sub(r"[^a-z0-9]+", "-", re.sub(r"(?<=\w)\+", " plus", name).lower())
 
 # %% ../nbs/06a_store.ipynb #tensors
+def _first_line(
+    error: Exception,
+) -> str:  # of its message, or the name of its type
+    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
+
 def read_tensors(
     path,  # a safetensors file
 ) -> tuple[dict, dict]:  # (name -> tensor on the CPU, what is noted beside them)
@@ -319,11 +324,6 @@ def model_path(
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name): raise FileNotFoundError(f"no such folder: {name}")
     return name
 
-def _first_line(
-    error: Exception,
-) -> str:  # of its message, or the name of its type
-    return (str(error).strip() or type(error).__name__).splitlines()[0].strip()
-
 def quantisation(
     bits: int,  # 4 or 8
     installed=lambda package: util.find_spec(package) is not None,  # whether a package is
@@ -478,6 +478,13 @@ def _settle_generation(folder, base):
     if _without(said[0], ("transformers_version",)) == _without(said[1], ("transformers_version",)):
         shutil.copyfile(source, folder/"generation_config.json")
 
+# %% ../nbs/06a_store.ipynb #tokenizer-of
+def tokenizer_of(
+    processor,  # a transformers processor, or a tokenizer
+):  # -> tokenizer
+    "The tokenizer of a processor; a tokenizer is its own."
+    return getattr(processor, "tokenizer", processor)
+
 # %% ../nbs/06a_store.ipynb #mend
 def mend_generation(
     model,  # a transformers model, whose `generation_config` may be changed
@@ -565,13 +572,6 @@ def save_model(
         model.save_pretrained(part)
         processor.save_pretrained(part)
         settle_checkpoint(part, model, processor)
-
-# %% ../nbs/06a_store.ipynb #tokenizer-of
-def tokenizer_of(
-    processor,  # a transformers processor, or a tokenizer
-):  # -> tokenizer
-    "The tokenizer of a processor; a tokenizer is its own."
-    return getattr(processor, "tokenizer", processor)
 
 # %% ../nbs/06a_store.ipynb #fingerprint
 def short_hash(

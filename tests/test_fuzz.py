@@ -1,9 +1,7 @@
-"""Hostile input: a quick part of tests/fuzz.py, and the kinds that were found, each with one of its inputs."""
+"""Hostile input: the kinds that tests/fuzz.py found, each with one of its inputs."""
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -46,13 +44,6 @@ def refused(capsys, line, *words):
     assert code == 2 and len(said) == 1 and said[0].startswith("laid: error: ") and said[0].isprintable(), err
     for word in words: assert word in said[0], said
     assert time.process_time() - begun < 20
-
-
-def test_a_quick_part_of_the_fuzzer(tmp_path):
-    line = [sys.executable, str(ROOT/"tests/fuzz.py"), "--cases", "60", "--seed", "5", "--only", "files", "images", "configs", "command lines", "--out", str(tmp_path/"f.json")]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | dict(PYTHONPATH=os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert sum(row["cases"] for row in json.loads((tmp_path/"f.json").read_text())["targets"].values()) >= 50
 
 
 @pytest.mark.parametrize("text, words", [
