@@ -471,7 +471,7 @@ def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice wher
 # %% ../nbs/13_cli.ipynb #check
 @command
 @functools.wraps(train, assigned=())
-def check(*args, **kwargs):  # -> list of laid_nb.check.Found
+def check(*args, **kwargs):
     "Try on one batch what a training does hours later. Takes what laid train takes."
     call = signature(train).bind(*args, **kwargs)
     call.apply_defaults()

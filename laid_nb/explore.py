@@ -239,6 +239,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self,
         port: int | None = None,  # of 127.0.0.1; None: any that is free
     ):
+        if port is not None and not 0 < port < 65_536: raise ValueError(f"port {port}: ports end at 65535")
         self.token, self.page = secrets.token_urlsafe(), waiting_page("starting")
         try:
             super().__init__(("127.0.0.1", port or 0), _Handler)
