@@ -154,8 +154,9 @@ def _together(model, texts, batch) -> list[list[int]]:
 def _choice_ids(tokenizer, choices, lead=""):
     """Token ids of each choice, as it stands behind `lead`, the white space that a template puts before a reply; and
     behind text, where a SentencePiece tokenizer writes no ▁ that is not there."""
-    before = len(tokenizer("\n", add_special_tokens=False).input_ids)
-    return [tokenizer("\n" + lead + choice, add_special_tokens=False).input_ids[before:] for choice in choices]
+    text = ":" if lead else "\n"  # a line's end and a space may be one piece
+    before = len(tokenizer(text, add_special_tokens=False).input_ids)
+    return [tokenizer(text + lead + choice, add_special_tokens=False).input_ids[before:] for choice in choices]
 
 def answer_ids(
     tokenizer,

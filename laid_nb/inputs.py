@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from accelerate.utils import send_to_device
 from tqdm.auto import tqdm
 
 from .folder import TensorFolder
@@ -668,6 +667,7 @@ def to_model(
     embed = model.get_input_embeddings()
     spread = getattr(embed, "_hf_hook", None)  # accelerate's, of a model over several devices
     place = getattr(spread, "execution_device", None)
+    from accelerate.utils import send_to_device
     return send_to_device(inputs, embed.weight.device if place is None else place)
 
 # %% ../nbs/07c_inputs.ipynb #batch-of

@@ -305,7 +305,7 @@ def how_to_install(
     except metadata.PackageNotFoundError:
         needs = []
     names = {re.match(r"[\w.-]+", need)[0].lower(): re.search(r"extra == .(\w+)", need)
-             for need in sorted(needs, key=lambda need: "extra == 'dev'" not in need.replace('"', "'"))}
+             for need in needs if not re.search("extra == .dev", need)}
     extra = names.get(package.lower().replace("_", "-"))
     return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
 

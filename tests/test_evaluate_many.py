@@ -54,7 +54,7 @@ def test_many_haystacks_are_asked_as_each_alone(built, name):
     for (found, _), alone in zip(together, one_by_one): torch.testing.assert_close(found, alone, atol=made.error, rtol=0)
     if family_of(reads).whole: assert rows == [6]  # whole prompts: one for each, and one more for each further choice
     elif windows: assert max(rows) < 4  # only what is of one length
-    else: assert rows[:2] == [4, 4] and sum(rows[2:]) == (9 if "metaspace" in name else 3)  # images, questions, and choices of several tokens: three of one of them, or all
+    else: assert rows[:2] == [4, 4] and sum(rows[2:]) == 3  # images, questions, and the three choices of one of them
 
 
 def test_float32_and_what_is_written(built):
