@@ -1013,3 +1013,11 @@ def test_the_best_checkpoint_stays_and_is_known_by_its_name(trainer, haystacks, 
     made.train()
     assert made.state.best_model_checkpoint == str(tmp_path/"run/checkpoint-1") and not list((tmp_path/"run").glob(".checkpoint*"))
     assert json.loads((tmp_path/"run/checkpoint-1/trainer_state.json").read_text())["best_model_checkpoint"] == str(tmp_path/"run/checkpoint-1")
+
+
+def test_a_run_that_goes_on_from_its_last_step_takes_no_further_one(trainer, tiny, tmp_path):
+    settings = dict(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2, lr_scheduler_type="constant")
+    trainer(whole := tiny("student"), folder=tmp_path/"a", **settings).train()
+    again = trainer(student := tiny("student"), folder=tmp_path/"a", **settings)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 2 and same(student, whole)
