@@ -493,7 +493,7 @@ def test_lora_is_what_its_formula_says(tiny):
 
 
 def test_lora_of_a_bf16_student_learns_in_float32(trainer, tiny):
-    made = trainer(tiny("student").bfloat16(), tiny("teacher").bfloat16(), method="kd", lora_rank=2)
+    made = trainer(tiny("student").bfloat16(), tiny("teacher").bfloat16(), data="pixels", method="kd", lora_rank=2)
     assert {p.dtype for p in _lora_state(made.model).values()} == {torch.float32}
     made.train()
     assert {p.dtype for p in made.model.parameters()} == {torch.bfloat16}
