@@ -122,7 +122,7 @@ check-notebooks: $(VENV)/.dev  ## run every notebook, or ARGS=, without the cell
 	$(BIN)/python tests/check_notebooks.py $(ARGS)
 
 # in two processes of one thread each; 5 is pytest's word for no test selected
-TRAINED := $(patsubst %,tests/test_%.py,train cli cache shard demo live anchors)
+TRAINED := $(patsubst %,tests/test_%.py,train cli cache shard demo live anchors benchmarks plan kills)
 check-tests: export OMP_NUM_THREADS := 1
 check-tests: $(VENV)/.dev  ## pytest only
 	@echo "== tests"
