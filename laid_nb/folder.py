@@ -48,7 +48,8 @@ def _claim(
     "Write `about.json` unless it is there. `ValueError` for a folder of something else, or of somebody else."
     mine = json.loads(json.dumps(about))
     if not (path/"about.json").exists():
-        if path.exists() and any(path.glob("[!.]*")):
+        held = path.exists() and any(path.glob("[!.]*"))
+        if held and not (path/"about.json").exists():  # looked for again: another process may have just begun
             raise ValueError(f"{path} holds files and no about.json: give a folder of its own")
         path.mkdir(parents=True, exist_ok=True)
         draft = path/f".about-{os.getpid()}-{time.monotonic_ns()}"

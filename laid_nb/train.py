@@ -27,8 +27,7 @@ from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_utils import TrainOutput
-from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME
+from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, TrainOutput
 
 from .cache import CACHE_OPTIONS, KeyedCollator, TeacherCache, check_cache, has_body
 from .capture import capture
