@@ -18,7 +18,6 @@ from matplotlib.figure import Figure
 from scipy.stats import binomtest
 
 from .patch import patch
-from .spectra import figure_label
 
 # %% ../nbs/10_accuracy.ipynb #wilson
 def wilson(
@@ -516,6 +515,7 @@ def plot_accuracy(
     dashed: str | None = None,  # a name that ends in this is drawn dashed, in the colour of the name without it
 ) -> Figure:
     "Accuracy against haystack size with its intervals, for several models."
+    from laid_nb.spectra import figure_label
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes, colours, lowest = figure.subplots(), {}, 1.
     threshold = results.half if threshold is None else threshold
