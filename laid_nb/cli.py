@@ -434,19 +434,14 @@ def _save_student(trainer, folder: Path, pair: tuple[str, str], haystacks: list,
 # %% ../nbs/13_cli.ipynb #train-trainer
 def _trainer(student: str, teacher: str, args, simulation, stacks: list, tests: list, prompt: str, callback):
     "The LaidTrainer of a pair; `tests`: what the student is asked about while it learns."
-    from laid_nb.check import Case, refuse_faults, run_checks
-    from laid_nb.inputs import HaystackCollator
-    from laid_nb.train import LaidTrainer, set_limits
+    from laid_nb.check import refuse_faults, run_checks
+    from laid_nb.train import LaidTrainer
     from laid_nb.validation import Validation
-    model, processor = load_model(student, "auto", args.student_bits, args.device)
-    anchor = _anchor(student if teacher == "self" else teacher, args)
-    set_limits(args, stacks, processor, anchor[1])
+    case = _case(student, teacher, args, simulation, stacks, prompt, counted=8)
     if args.process_index == 0:
-        quick = Case(model, processor, stacks, args, *anchor, simulation, prompt=prompt, counted=8)
-        refuse_faults(run_checks(quick, quick=True, say=_say_warning))
-    collate = HaystackCollator(processor, prompt=prompt)
-    made = LaidTrainer(model, args, stacks, processor, *anchor, simulation, data_collator=collate,
-                       callbacks=[callback])
+        refuse_faults(run_checks(case, quick=True, say=_say_warning))
+    made = LaidTrainer(case.student, args, stacks, case.processor, case.teacher, case.teacher_processor, simulation,
+                       data_collator=case.collator, callbacks=[callback])
     if tests:
         Validation(made, tests)
     return made
@@ -468,6 +463,15 @@ def _anchor(name: str, args) -> tuple:  # (model, processor), or None twice wher
     where = "cpu" if args.teacher_placement == "cpu" else args.device
     return load_model(name, args.teacher_dtype, args.teacher_bits, where)
 
+def _case(student: str, teacher: str, args, simulation, stacks: list, prompt: str, **more):  # -> laid_nb.check.Case
+    "A training that has not begun: models and processors, with the limits of the settings."
+    from laid_nb.check import Case
+    from laid_nb.train import set_limits
+    model, processor = load_model(student, "auto", args.student_bits, args.device)
+    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
+    set_limits(args, stacks, processor, anchor_processor)
+    return Case(model, processor, stacks, args, anchor, anchor_processor, simulation, prompt=prompt, **more)
+
 # %% ../nbs/13_cli.ipynb #check
 @command
 @functools.wraps(train, assigned=())
@@ -479,8 +483,7 @@ def check(*args, **kwargs):
     settings, columns = given["settings"], {name: given[name] for name in signature(_columns).parameters}
     _check_source(given["data"], given["pictures"])
     prepare_process()
-    from laid_nb.check import Case, run_checks
-    from laid_nb.train import set_limits
+    from laid_nb.check import run_checks
     args, simulation = _training_settings((_yaml_settings(given["config"]) if given["config"] else {}) | settings)
     if args.world_size > 1: raise ValueError("laid check runs in one process: start it without torchrun or accelerate")
     data, benchmark, kind, prompt = (given[name] for name in ("data", "benchmark", "kind", "prompt"))
@@ -488,11 +491,7 @@ def check(*args, **kwargs):
     stacks = read(data) if data else drawn_training(given["sizes"], given["haystacks"], args.seed, kind)
     tests = _validation_set(stacks, read, *(given[f"eval_{name}"] for name in ("data", "sizes", "questions")), kind)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    student, teacher = given["student"], given["teacher"]
-    model, processor = load_model(student, "auto", args.student_bits, args.device)
-    anchor, anchor_processor = _anchor(student if teacher == "self" else teacher, args)
-    set_limits(args, stacks, processor, anchor_processor)
-    case = Case(model, processor, stacks, args, anchor, anchor_processor, simulation, tests, before)
+    case = _case(given["student"], given["teacher"], args, simulation, stacks, before, tests=tests)
     report = run_checks(case, say=lambda found: print(found, flush=True))
     faults = [found.check for found in report if found.kind == "fault"]
     if faults: raise ValueError(f"{len(faults)} faults, see above: {', '.join(dict.fromkeys(faults))}")

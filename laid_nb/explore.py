@@ -223,6 +223,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_): pass
 
+# %% ../nbs/12h_explore.ipynb #open-page
+def check_port(
+    port: int | None,  # None: any that is free
+) -> None:
+    "`ValueError` for a number that is no port."
+    if port is not None and not 0 < port < 65_536: raise ValueError(f"port {port}: ports end at 65535")
+
+def open_page(
+    url: str,  # with its token
+    pointer: Path,  # a file of this user alone: a command line would show the token to everybody on the machine
+) -> None:
+    "Send a browser to a page."
+    with open(os.open(pointer, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+        f.write(f'<meta http-equiv="refresh" content="0; url={url}">')
+    webbrowser.open(pointer.resolve().as_uri())
+
 # %% ../nbs/12h_explore.ipynb #server
 def waiting_page(
     text: str,  # what is being done
@@ -239,7 +255,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self,
         port: int | None = None,  # of 127.0.0.1; None: any that is free
     ):
-        if port is not None and not 0 < port < 65_536: raise ValueError(f"port {port}: ports end at 65535")
+        check_port(port)
         self.token, self.page = secrets.token_urlsafe(), waiting_page("starting")
         try:
             super().__init__(("127.0.0.1", port or 0), _Handler)
@@ -251,13 +267,11 @@ class PageServer(ThreadingHTTPServer):
     def url(self) -> str: return f"http://127.0.0.1:{self.server_address[1]}/?token={self.token}"
 
     def open_browser(self,
-        folder: Path,  # for a file of this user alone: a command line would show the token to everybody on the machine
+        folder: Path,  # gets open.html
     ):
         "Send a browser to the page."
         folder.mkdir(parents=True, exist_ok=True)
-        with open(os.open(folder/"open.html", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
-            f.write(f'<meta http-equiv="refresh" content="0; url={self.url}">')
-        webbrowser.open((folder/"open.html").resolve().as_uri())
+        open_page(self.url, folder/"open.html")
 
     def wait(self):
         "Until Ctrl-C."

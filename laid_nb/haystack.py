@@ -389,6 +389,21 @@ def haystack_dataset(
         return Dataset.from_list(rows, features=_row_types(told))
     return Dataset.from_list([_full_pick(i, p) for i, p in enumerate(items)]).with_transform(_expand)
 
+# %% ../nbs/07_haystack.ipynb #as-many
+def as_many(
+    sizes: list[int],  # numbers of images
+    questions: int,  # at each size
+    make,  # function of (number of the haystack, its size, questions wanted) -> Haystack
+) -> list[Haystack]:  # size by size
+    "Haystacks with the same number of questions at every size."
+    haystacks = []
+    for n in sizes:
+        left, i = questions, 0
+        while left:
+            haystacks.append(make(i, n, left))
+            left, i = left - len(haystacks[-1].questions), i + 1
+    return haystacks
+
 # %% ../nbs/07_haystack.ipynb #sets
 def drawn_test(
     sizes: list[int],  # numbers of images
@@ -398,13 +413,8 @@ def drawn_test(
     kind: str = "single",  # "single" or "multi" needle
 ) -> list[Haystack]:  # size by size
     "Drawn haystacks with the same number of questions at every size."
-    haystacks = []
-    for n in sizes:
-        left, i = questions, 0
-        while left:
-            haystacks.append(picture_haystack(seed*100_000 + i, n, min(left, 12, max(n, 2)), split, kind))
-            left, i = left - len(haystacks[-1].questions), i + 1
-    return haystacks
+    def make(i, n, left): return picture_haystack(seed*100_000 + i, n, min(left, 12, max(n, 2)), split, kind)
+    return as_many(sizes, questions, make)
 
 def drawn_training(
     sizes: list[int],  # numbers of images, taken in turn

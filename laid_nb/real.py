@@ -21,7 +21,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from .accuracy import Results, by_size, numbers, plot_accuracy, table_cells, table_markdown, table_text
 from .evaluate import evaluate, read_records
-from .haystack import OBJECTS, SPLITS, Haystack, Passage, Question, single_contents
+from .haystack import OBJECTS, SPLITS, Haystack, Passage, Question, as_many, single_contents
 from .simulate import WindowSimulation
 from laid_nb.store import (
     atomic_write, data_path, hardware, prepare_process, read_json, slug, versions, write_json
@@ -63,13 +63,7 @@ def listed_test(
     split: str = "test",  # "val" to choose by, "test" to report
 ) -> list[Haystack]:  # size by size
     "Haystacks with the same number of questions at every size."
-    haystacks = []
-    for n in sizes:
-        left, i = questions, 0
-        while left:
-            haystacks.append(listed_haystack(seed*100_000 + i, n, min(left, 12), split))
-            left, i = left - len(haystacks[-1].questions), i + 1
-    return haystacks
+    return as_many(sizes, questions, lambda i, n, left: listed_haystack(seed*100_000 + i, n, min(left, 12), split))
 
 # %% ../nbs/12i_real.ipynb #template
 _PLAIN = "{% for m in messages %}{{ ' ' + m.content + '\\n' if m.role == 'assistant' else m.content }}{% endfor %}"

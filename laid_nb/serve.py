@@ -11,10 +11,9 @@ import secrets
 import socket
 import threading
 import time
-import webbrowser
 from pathlib import Path
 
-from .explore import READ
+from .explore import READ, check_port, open_page
 from .store import data_path
 
 # %% ../nbs/12hb_serve.ipynb #inspect-read
@@ -51,7 +50,7 @@ def free_port(
     wanted: int | None = None,  # None: any
 ) -> int:
     "A port of 127.0.0.1 that nobody listens on."
-    if wanted is not None and not 0 < wanted < 65_536: raise ValueError(f"port {wanted}: ports end at 65535")
+    check_port(wanted)
     with socket.socket() as s:
         if os.name == "posix":
             s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port just left counts as free
@@ -87,10 +86,8 @@ def _announce(
         except OSError:
             time.sleep(.1)
     print(f"{url}\nCtrl-C ends it", flush=True)
-    if pointer is None: return
-    with open(os.open(pointer, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
-        f.write(f'<meta http-equiv="refresh" content="0; url={url}">')
-    webbrowser.open(pointer.resolve().as_uri())
+    if pointer is not None:
+        open_page(url, pointer)
 
 def serve(
     notebook: Path,  # to be shown

@@ -16,21 +16,16 @@ function axis({ scale, low, high }, start, end) {
   };
 }
 
-function octaves(low, high, most = 7) {  // powers of two
-  const first = Math.ceil(Math.log2(low)), last = Math.floor(Math.log2(high));
-  const step = Math.max(1, Math.ceil((last - first + 1)/most));
-  const ticks = [];
-  for (let i = first; i <= last; i += step) ticks.push(2**i);
-  return ticks;
+function powers(log, base, most) {  // (low, high) -> powers of a base
+  return (low, high) => {
+    const first = Math.ceil(log(low)), last = Math.floor(log(high));
+    const step = Math.max(1, Math.ceil((last - first + 1)/most));
+    const ticks = [];
+    for (let i = first; i <= last; i += step) ticks.push(base**i);
+    return ticks;
+  };
 }
-
-function decades(low, high, most = 5) {  // powers of ten
-  const first = Math.ceil(Math.log10(low)), last = Math.floor(Math.log10(high));
-  const step = Math.max(1, Math.ceil((last - first + 1)/most));
-  const ticks = [];
-  for (let i = first; i <= last; i += step) ticks.push(10**i);
-  return ticks;
-}
+const octaves = powers(Math.log2, 2, 7), decades = powers(Math.log10, 10, 5);
 
 function evenTicks(high) {  // round steps from 0
   const step = [.01, .02, .05, .1, .2, .25, .5].find(s => high/s <= 5) ?? 1;
