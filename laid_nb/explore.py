@@ -11,6 +11,7 @@ import html
 import os
 import secrets
 import threading
+import time
 import webbrowser
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -276,7 +277,8 @@ class PageServer(ThreadingHTTPServer):
     def wait(self):
         "Until Ctrl-C."
         try:
-            threading.Event().wait()
+            while True:
+                time.sleep(1)  # between two of them a signal is seen that has not woken this thread
         except KeyboardInterrupt:
             self.shutdown()
             self.server_close()

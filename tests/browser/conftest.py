@@ -106,8 +106,9 @@ def end(process):
     "Ctrl-C; the exit code."
     process.send_signal(2)
     try: return process.wait(60)
-    except subprocess.TimeoutExpired: process.kill()
-    raise
+    except subprocess.TimeoutExpired:
+        process.kill()
+        raise
 
 
 @pytest.fixture(scope="session")
