@@ -383,6 +383,7 @@ def home(
                 text = joined(output.get("data", {}).get("text/markdown", ""))
                 if text: cells.append(text_cell(cell["id"], text))
             continue
+        cell["source"] = re.sub(r"^\[!\[.*\n+", "", cell["source"], flags=re.M)  # badges come from another host
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
