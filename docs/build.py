@@ -43,9 +43,9 @@ FOLDS = {  # why a cell's code is folded -> what is read there
 
 PLAY_TOP = """# Play
 
-> Two views of three small models: the teacher, the student, and the student distilled from it.
+> Three small models, the teacher, the student, and the student distilled from it: where they look, what their heads do. And RoPE under sliders.
 
-What you see was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own checkpoints:
+What you see of the models was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own checkpoints:
 `laid inspect`."""
 
 class Refused(Exception):
@@ -412,7 +412,9 @@ def placed(
 
 def play_page() -> str:  # Markdown
     "Everything that can be played with, on one page."
-    views = [shipped_view(0), shipped_view(1)]
+    from laid_nb.explore import view_of
+    from laid_nb.playground import RopePlayground
+    views = [shipped_view(0), shipped_view(1), view_of(RopePlayground())]
     parts = [f"## {v['heading']}\n\n{v['lead']}\n\n{placed(v, html.escape(v['words']))}" for v in views]
     return "\n\n".join([PLAY_TOP, *parts])
 
