@@ -182,9 +182,11 @@ const ROPE_PANELS = {
     if (sections.length) for (const [name, colour, bands] of view.axes()) line(name, colour, bands.map(b => rates[b]), { thin: true });
     line("all bands", "var(--laid-ink)", rates);
     const wave = view.wave == null ? null : REACH.filter(d => d*rates[view.wave] <= 6*TURN).map(d => [d, .6*Math.cos(rates[view.wave]*d)]);
+    const ofAxes = sections.length ? ", and of the bands of each axis (T blue, H orange, W green)" : "";
+    const dotted = view.plain ? " Dotted: without scaling." : "";
     const sharper = scaling === "yarn" ? ` All logits are multiplied by ${(amplitude**2).toFixed(2)}.` : "";
     return ["What is left of a match at each distance",
-      " The mean of all bands (black), and of the bands of each axis (T blue, H orange, W green). Shaded: the window." + sharper,
+      ` The mean of all bands (thick)${ofAxes}. Shaded: the window.${dotted}${sharper}`,
       { x: { scale: "log", low: 1, high: 1e6, ticks: [1, 10, 100, 1e3, 1e4, 1e5, 1e6], text: decadeText, label: "distance in positions" },
         y: { scale: "linear", low: -1.05, high: 1.05, ticks: [-1, 0, 1] }, lines, wave, label: "mean of the bands by distance",
         guides: [{ x: 1, to: window, text: "" }, { x: window, text: "window" }], hint: "point at a distance, or at a band below",
