@@ -54,6 +54,8 @@ class Plot {
     this.svg = makeSvg("svg", { class: "laid-plot", tabindex: 0, role: "img" });
     this.readout = make("div", { class: "laid-readout", "aria-live": "polite" });
     box.append(this.svg, this.readout);
+    this.measured = null;  // asked once: the page is laid out for it
+    new ResizeObserver(() => { this.measured = box.clientWidth; }).observe(box);
     this.svg.addEventListener("pointermove", event => this.pointed(event));
     this.svg.addEventListener("pointerdown", event => this.pointed(event));
     this.svg.addEventListener("pointerleave", event => {  // a finger that is lifted has pointed
@@ -65,7 +67,8 @@ class Plot {
 
   draw(spec) {
     this.spec = spec;
-    this.width = Math.max(240, this.box.clientWidth);
+    this.measured ??= this.box.clientWidth;
+    this.width = Math.max(240, this.measured);
     this.height = this.width < 420 ? 190 : 220;
     this.x = axis(spec.x, PAD.left, this.width - PAD.right);
     this.y = axis(spec.y, this.height - PAD.bottom, PAD.top);
