@@ -376,7 +376,8 @@ def draw(self: RopePlayground) -> Figure:
 def _presets() -> dict:  # name -> {bands: sections}, for every head_dim that there is
     "What the presets hand out, as a page reads it."
     low, high = _LIMITS["head_dim"]
-    return {name: {str(bands): make(bands) for bands in range(low//2, high//2 + 1, 4)} for name, make in _PRESETS.items()}
+    every = range(low//2, high//2 + 1, 4)
+    return {name: {str(bands): make(bands) for bands in every} for name, make in _PRESETS.items()}
 
 @patch(as_prop=True)
 def view(self: RopePlayground) -> dict:
