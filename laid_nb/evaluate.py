@@ -29,6 +29,7 @@ from laid_nb.inputs import (
     append_text, family_of, image_inputs, pad, prefix_inputs, prefix_length, prompt_inputs, question_ids,
     read_positions, reply_lead, stack
 )
+from .pictures import BadPicture
 from .store import lock, model_fingerprint, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #continuation
@@ -518,7 +519,7 @@ def _shared(place, work) -> list:
     try:
         own, error = (work(), None), None
     except Exception as e:  # whatever it is, the others must not wait
-        own, error = (None, f"{type(e).__name__}: {e}"), e
+        own, error = (None, (f"{type(e).__name__}: {e}", isinstance(e, BadPicture))), e
     found = [None]*world
     try:
         distributed.all_gather_object(found, own)
@@ -527,7 +528,9 @@ def _shared(place, work) -> list:
                               "what it says itself is the cause") from (error or e)
     if error: raise error
     for other, (_, told) in enumerate(found):
-        if told: raise ConnectionError(f"process {other} of {world} has failed, and all end: {told}")
+        if not told: continue
+        kind = BadPicture if told[1] else ConnectionError
+        raise kind(f"process {other} of {world} has failed, and all end: {told[0]}")
     return [result for result, _ in found]
 
 # %% ../nbs/10a_evaluate.ipynb #check-evaluate
@@ -646,7 +649,7 @@ def evaluate(
     _check_haystacks(haystacks, generate)
     if features:
         _check_tower(model, features)
-    marks = {h.id: haystack_fingerprint(h) for h in haystacks}
+    marks, *_ = _shared(place, lambda: {h.id: haystack_fingerprint(h) for h in haystacks})
     settings = dict(name=name, generate=length, prompt=prompt, image_size=size, method=method)
     header = _header(model, processor, **settings) if path else {}
     path = Path(path) if path and place[0] == 0 else None

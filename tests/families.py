@@ -60,6 +60,7 @@ def sectioned(): return dict(rope_parameters={"rope_type": "default", "rope_thet
 
 
 WINDOWS = {"student": ["full_attention", "sliding_attention"], "teacher": ["sliding_attention", "full_attention", "sliding_attention"]}  # of Gemma 3: the last looks near
+COHERE = {"student": ["sliding_attention", "full_attention"], "teacher": ["sliding_attention", "sliding_attention", "full_attention"]}  # the last has no RoPE
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
 CLIP = SIGLIP | dict(model_type="clip_vision_model", projection_dim=32)
 
@@ -170,6 +171,42 @@ def llava_onevision():
     return reads, make
 
 
+def llava_next():
+    words = tokenizer("<image>", bos="<s>", named={"image_token": "<image>"})
+    pictures = t.LlavaNextImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 112], [112, 56]])
+    reads = t.LlavaNextProcessor(pictures, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                                 chat_template=chat(image="<image>\n", bos="{{ bos_token }}"))
+    def make(name):
+        return t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(
+            text_config=text_config(name, words, model_type="mistral", sliding_window=None, **plain()), vision_config=CLIP, image_token_id=words.image_token_id,
+            image_grid_pinpoints=pictures.image_grid_pinpoints, tie_word_embeddings=False))
+    return reads, make
+
+
+def aya_vision():
+    tiles = [f"TILE_{i}" for i in range(1, 5)]
+    words = tokenizer("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL", *tiles, bos="<BOS_TOKEN>")
+    pictures = t.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=2)
+    reads = t.AyaVisionProcessor(pictures, words, patch_size=14, img_size=56, downsample_factor=2, chat_template=chat(image="<image>", bos="{{ bos_token }}"))
+    def make(name):
+        text = text_config(name, words, model_type="cohere2", sliding_window=24, layer_types=COHERE[name], **plain())
+        return t.AyaVisionForConditionalGeneration(t.AyaVisionConfig(
+            text_config=text, vision_config=SIGLIP | dict(vision_use_head=False), downsample_factor=2, image_token_id=reads.image_token_id, tie_word_embeddings=False))
+    return reads, make
+
+
+def idefics2():
+    words = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", bos="<s>")
+    reads = t.Idefics2Processor(t.Idefics2ImageProcessor(size={"shortest_edge": 28, "longest_edge": 56}), words, image_seq_len=4,
+                                chat_template=chat(colon=":", image="<image>", close="<end_of_utterance>\n", bos="{{ bos_token }}"))
+    def make(name):
+        text = text_config(name, words, model_type="mistral", sliding_window=None, **plain())
+        looks = dict(hidden_size=text["hidden_size"], resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=8, num_key_value_heads=1)
+        vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+        return t.Idefics2ForConditionalGeneration(t.Idefics2Config(text_config=text, vision_config=vision, perceiver_config=looks, image_token_id=reads.image_token_id))
+    return reads, make
+
+
 def gemma3():
     words = tokenizer("<start_of_image>", "<end_of_image>", "<image_soft_token>", "<start_of_turn>", bos="<bos>", eos="<end_of_turn>", pad="<pad>", named=dict(
         boi_token="<start_of_image>", eoi_token="<end_of_image>", image_token="<image_soft_token>"))
@@ -256,7 +293,7 @@ def language_model(model, config, bos=None, words=None, **settings):
     return words, make
 
 
-FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_metaspace, llava_onevision, gemma3, paligemma, idefics3,
+FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_metaspace, llava_next, llava_onevision, aya_vision, gemma3, paligemma, idefics2, idefics3,
                                     idefics3_tiled, smolvlm, mistral3, mllama)} | {
     "llama": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, bos="<s>"),
     "smollm2": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, tie_word_embeddings=True),
