@@ -167,7 +167,7 @@ def filed(folder):
 
 
 def spoiled(folder):
-    "The second process's own copy of the pictures goes bad after a step: all of them, or those of one haystack; read by itself, and by a data reader."
+    "The second process's own copy of the pictures goes bad after a step: all of them, or those of some haystacks; read by itself, and by a data reader."
     for policy, readers, validated in (("fail", 0, False), ("fail", 1, False), ("skip", 0, False), ("skip", 1, False), ("fail", 0, True), ("skip", 0, True)):
         fresh()
         name = f"spoiled-{policy}-{readers}-{'test' if validated else 'train'}"
@@ -175,15 +175,16 @@ def spoiled(folder):
         own.mkdir()
         files = filed(own)
         made = trainer(folder/name, 2, 4, None if validated else files, method="sft", lambda_hidden=None, on_bad_image=policy, dataloader_num_workers=readers, eval_steps=2)
-        if validated: Validation(made, files)
-        if made.args.process_index == 1: made.add_callback(Spoil([x for h in (files if policy == "fail" else files[:1]) for x in h.images]))
-        said, warned = None, []
+        if validated: Validation(made, files, batch=2)
+        gone = files if policy == "fail" else files[:3] if validated else files[:1]
+        if made.args.process_index == 1: made.add_callback(Spoil([x for h in gone for x in h.images]))
+        said = None
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             try: made.train()
             except BadPicture as e: said = str(e)
         told = [str(w.message) for w in warned if "haystack" in str(w.message)]
-        asked = [h["step"] for h in made.state.log_history if "eval_window" in h]
+        asked = [h["step"] for h in made.state.log_history if "eval_accuracy_2" in h]
         own.with_suffix(".json").write_text(json.dumps(dict(said=said, told=told, step=made.state.global_step, asked=asked)))
         save_file({k: x.clone() for k, x in made.model.state_dict().items()}, own.with_suffix(".safetensors"))
 

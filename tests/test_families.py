@@ -22,6 +22,7 @@ from laid_nb.evaluate import _end_ids, ask
 from laid_nb.haystack import Haystack, passage_haystack, picture_haystack
 from laid_nb.inputs import (
     FAMILIES,
+    OTHER,
     OURS,
     HaystackCollator,
     encode,
@@ -329,6 +330,15 @@ def built(tmp_path_factory):
 def test_the_table_says_what_works(built, name, check):
     if name == "smolvlm": pytest.importorskip("num2words", reason="the stock SmolVLMProcessor cannot be made without num2words; Idefics3's is checked, which it was made from")
     assert result(built(name), check) == json.loads(TABLE.read_text())[name][check]
+
+
+@pytest.mark.parametrize("name", ["gemma3", "llava_next", "idefics2"])
+def test_a_family_without_a_row_is_read_by_what_its_functions_take(built, name, monkeypatch):
+    "As a model that nobody has thought of: two fields for the tower, a whole sample's, and one more beside the embeddings."
+    row = FAMILIES[built(name).model().config.model_type]
+    monkeypatch.setattr("laid_nb.inputs.FAMILIES", {kind: x for kind, x in FAMILIES.items() if x is not row})
+    assert family_of(built(name).model()) is family_of(built(name).reads) is OTHER
+    for check in ("encode", "collate", "features"): CHECKS[check](built(name))
 
 
 def test_every_row_has_a_family_to_check(built):
