@@ -17,14 +17,14 @@ from laid_nb.benchmarks import BENCHMARKS, read_haystacks
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import Haystack, drawn_test
 from laid_nb.lmms import read_samples
-from laid_nb.store import hardware, load_model, read_json, versions, write_json
+from laid_nb.store import hardware, load_model, versions, write_json
 from laid_nb.vhs import export_vhs, picture_names
 
-SIZES, MODELS = (1, 5, 20, 50), ("student", "distilled")
-VHS = {kind: f"VHs_qa/{kind}_needle/visual_haystack_5.json" for kind in ("single", "multi")}
+SIZES, MODELS, QUESTIONS = (1, 5, 20, 50), ("student", "distilled"), 144
+VHS = {kind: f"VHs_qa/{kind}_needle/visual_haystack_20.json" for kind in ("single", "multi")}
 MMLONGBENCH = {"single": "NIAH/vh_single_test_1000_K8_dep6.jsonl", "multi": "NIAH/vh_multi_test_1000_K8_dep3.jsonl"}
 DRAWN = {f"laid_drawn_single_{n}": n for n in SIZES}
-FILES = {f"laid_vhs_{kind}_5": ("vhs", file) for kind, file in VHS.items()} | {
+FILES = {f"laid_vhs_{kind}_20": ("vhs", file) for kind, file in VHS.items()} | {
     f"laid_mmlongbench_{kind}_8k": ("mmlongbench", file) for kind, file in MMLONGBENCH.items()}
 TASKS = [*DRAWN, *FILES]
 
@@ -41,8 +41,8 @@ def mmlongbench_lines(haystacks: list[Haystack]) -> list[dict]:
 
 
 def write_files(folder: Path):
-    "48 questions of each kind about 5 images, in both forms, with the same pictures."
-    drawn = {kind: drawn_test([5], 48, kind=kind) for kind in VHS}
+    "144 questions of each kind about 20 images, in both forms, with the same pictures."
+    drawn = {kind: drawn_test([20], QUESTIONS, kind=kind) for kind in VHS}
     export_vhs([h for found in drawn.values() for h in found], folder)
     for kind, file in MMLONGBENCH.items():
         (folder/file).parent.mkdir(exist_ok=True)
@@ -51,7 +51,7 @@ def write_files(folder: Path):
 
 def read_task(task: str, folder: Path) -> tuple[list[Haystack], str]:
     "The haystacks that a task asks about, and what stands before each question."
-    if task in DRAWN: return drawn_test([DRAWN[task]], 144), ""
+    if task in DRAWN: return drawn_test([DRAWN[task]], QUESTIONS), ""
     benchmark, file = FILES[task]
     return read_haystacks([folder/file], folder/"images", benchmark), BENCHMARKS[benchmark].prompt
 
@@ -63,11 +63,11 @@ def written(folder: Path, task: str) -> list[tuple[str, float]]:
     return [(r["filtered_resps"], r["accuracy"]) for r in rows]
 
 
-def beside(name: str, made: Path, logs: Path, tasks: list[str]) -> list[dict]:
+def beside(name: str, made: Path, logs: Path) -> list[dict]:
     "For each task, how many answers and scores of lmms-eval are those of `laid eval --generate`."
     model, processor = load_model(name)
     rows = []
-    for task in tasks:
+    for task in TASKS:
         haystacks, prompt = read_task(task, made)
         ours = evaluate(model, processor, haystacks, generate=True, batch=12, prompt=prompt, progress=False)
         theirs = written(logs, task)
@@ -81,26 +81,16 @@ def beside(name: str, made: Path, logs: Path, tasks: list[str]) -> list[dict]:
     return rows
 
 
-def about(tasks: list[str]) -> dict:
-    "How a run was made."
-    command = ("LAID_DATA=made LAID_IMAGE_ROOT=made/images lmms-eval --model laid --model_args pretrained=MODEL --include_path "
-               f"$(laid lmms) --log_samples --output_path logs/MODEL --tasks {','.join(tasks)}")
-    return dict(tasks=tasks, files="python experiments/toolkit.py files made", command=command,
-                beside="python experiments/toolkit.py compare made logs", finished=now(),
-                versions=versions() | {"lmms_eval": metadata.version("lmms_eval")}, hardware=hardware())
-
-
 def compare(made: Path, logs: Path):
-    "Of the tasks in the logs; rows of other tasks stay as they were."
-    kept, samples = read_json(RESULTS/"lmms.json"), {name: read_samples(logs/name) for name in MODELS}
-    tasks = [task for task in TASKS if task in samples[MODELS[0]]]
-    rows = {(r["model"], r["task"]): r for r in kept["equal"]}
-    rows |= {(r["model"], r["task"]): r for name in MODELS for r in beside(name, made, logs/name, tasks)}
-    kept["made"] = [run for run in kept["made"] if not set(run["tasks"]) <= set(tasks)] + [about(tasks)]
-    kept["equal"] = [rows[name, task] for name in MODELS for task in TASKS if (name, task) in rows]
-    for name, found in samples.items():
-        kept["samples"][name] |= {task: found[task] for task in tasks if task in DRAWN}
-    write_json(RESULTS/"lmms.json", kept)
+    command = ("LAID_DATA=made LAID_IMAGE_ROOT=made/images lmms-eval --model laid --model_args pretrained=MODEL "
+               f"--include_path $(laid lmms) --log_samples --output_path logs/MODEL --tasks {','.join(TASKS)}")
+    equal = [row for name in MODELS for row in beside(name, made, logs/name)]
+    samples = {name: {task: read_samples(logs/name)[task] for task in DRAWN} for name in MODELS}
+    write_json(RESULTS/"lmms.json", dict(
+        made=dict(files="python experiments/toolkit.py files made", command=command,
+                  beside="python experiments/toolkit.py compare made logs", finished=now(),
+                  versions=versions() | {"lmms_eval": metadata.version("lmms_eval")}, hardware=hardware()),
+        equal=equal, samples=samples))
 
 
 if __name__ == "__main__":

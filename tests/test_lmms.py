@@ -240,10 +240,10 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
 def test_the_kept_run_is_equal_and_its_differences_are_printed(tmp_path, capsys):
     made = read_json(data_path("results", "lmms.json"))
     drawn = [f"laid_drawn_single_{n}" for n in (1, 5, 20, 50)]
-    files = ["laid_vhs_single_5", "laid_vhs_multi_5", "laid_mmlongbench_single_8k", "laid_mmlongbench_multi_8k"]
+    files = ["laid_vhs_single_20", "laid_vhs_multi_20", "laid_mmlongbench_single_8k", "laid_mmlongbench_multi_8k"]
     assert [(r["model"], r["task"]) for r in made["equal"]] == [(m, t) for m in ("student", "distilled") for t in drawn + files]
     for row in made["equal"]:
-        assert row["same_answers"] == row["same_scores"] == row["questions"] == (144 if row["task"] in drawn else 48) and row["lmms_eval"] == row["laid_eval"]
+        assert row["same_answers"] == row["same_scores"] == row["questions"] == 144 and row["lmms_eval"] == row["laid_eval"]
     logs = made["samples"]
     assert all(r["interval"][0] <= r["difference"] <= r["interval"][1] for r in paired_differences(logs["student"], logs["distilled"]))
     assert main(["lmms"]) == 0 and capsys.readouterr().out.strip() == str(FOLDER)
