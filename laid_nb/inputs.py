@@ -166,6 +166,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the config
     "qwen2_5_vl": replace(_QWEN, processor="Qwen2_5_VLProcessor"),
     "qwen3_vl": replace(_DEEPSTACK, processor="Qwen3VLProcessor"),
     "qwen3_vl_moe": replace(_DEEPSTACK, processor="Qwen3VLProcessor"),
+    "qwen3_5": replace(_QWEN, processor="Qwen3VLProcessor"),
     "glm4v": replace(_QWEN, processor="Glm4vProcessor"),
     "internvl": replace(_ALONE, processor="InternVLProcessor"),
     "llava": replace(_ALONE, processor="LlavaProcessor"),
@@ -175,7 +176,6 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the config
     "aya_vision": replace(_ALONE, processor="AyaVisionProcessor"),
     "gemma3": replace(_TYPED, processor="Gemma3Processor"),
     "paligemma": replace(_TYPED, processor="PaliGemmaProcessor", whole=True, reply=(("token_type_ids", 1),)),
-    "idefics2": replace(_TILED, processor="Idefics2Processor"),
     "idefics3": replace(_TILED, processor="Idefics3Processor"),
     "smolvlm": replace(_TILED, processor="SmolVLMProcessor"),
     "mistral3": replace(_SIZED, processor="PixtralProcessor"),
@@ -590,6 +590,38 @@ def _replace_pixels(sample, models) -> dict:
     pixels = {field for model in models.values() for field in _pixels(model, sample)}
     return {name: x for name, x in sample.items() if name not in pixels} | features
 
+# %% ../nbs/07c_inputs.ipynb #stand-in
+@torch.no_grad()
+def _read_last(model, sample, role) -> torch.Tensor:
+    "Logits behind a sample, [1, vocabulary]."
+    given = image_inputs(model, sample, role) | _only_last(model)
+    positions = to_model(model, read_positions(model, batch_of(sample, role)))
+    return model(**given, position_ids=positions, use_cache=False).logits[:, -1]
+
+def _only_last(model): return dict.fromkeys(_taken(model.forward, ["logits_to_keep"]), 1)
+
+def _check_stand_in(model, sample, seen, name):
+    "`ValueError` where a model without a row reads a sample with features (`seen`) otherwise than with its pixels."
+    role, training = None if name == "features" else name.partition("_")[0], model.training
+    if family_of(model) is not OTHER or name not in batch_of(seen, role): return
+    model.eval()
+    try:
+        whole, apart = (_read_last(model, x, role).float() for x in (sample, seen))
+        same = (whole - apart).norm() <= .05*whole.norm()
+    except (RuntimeError, TypeError): same = False
+    model.train(training)
+    if same: return
+    raise ValueError(f"{type(model).__name__} does more with image tokens than put features in their place: they cannot "
+                     "be precomputed")
+
+def _seen(samples, models):
+    "Each sample with features in place of pixels."
+    for n, sample in enumerate(samples):
+        seen = _replace_pixels(sample, models)
+        for name, model in models.items() if n == 0 else ():
+            _check_stand_in(model, sample, seen, name)
+        yield seen
+
 # %% ../nbs/07c_inputs.ipynb #towers
 def _towers(models) -> dict[str, str]:
     "Fingerprints of the towers, by the name of their features; a tower in another precision is the same."
@@ -640,7 +672,8 @@ def precompute(
     if folder is not None: return _store(haystacks, collator, models, folder, share, progress)
     bar = tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress)
     about, towers = {"prompt": collator.prompt}, _towers(models)
-    return [_marked(_replace_pixels(collator.encode(h), models), towers) | about | {"haystack": h} for h in bar]
+    made = _seen(map(collator.encode, bar), models)
+    return [_marked(sample, towers) | about | {"haystack": h} for sample, h in zip(made, haystacks)]
 
 # %% ../nbs/07c_inputs.ipynb #sample-key
 @functools.lru_cache(None)
@@ -706,10 +739,9 @@ def _store(haystacks, collator, models, folder, share, progress) -> StoredSample
     if hasattr(collator, "teacher"):  # a `PairCollator`
         about["teacher_processor"] = processor_fingerprint(collator.teacher.processor)
     kept, keys = TensorFolder(folder, about), [sample_key(h, collator.turns) for h in haystacks]
-    bar = tqdm(range(share[0], len(keys), share[1]), desc="encode haystacks", unit="haystack", disable=not progress)
-    for i in bar:
-        if keys[i] in kept: continue
-        sample = _replace_pixels(collator.encode(haystacks[i]), models)
+    new = [i for i in range(share[0], len(keys), share[1]) if keys[i] not in kept]
+    bar = tqdm(new, desc="encode haystacks", unit="haystack", disable=not progress)
+    for i, sample in zip(new, _seen((collator.encode(haystacks[i]) for i in bar), models)):
         kept.save(keys[i], _flat(sample))
     return StoredSamples(haystacks, keys, kept, collator.turns, _towers(models), collator.prompt)
 
@@ -930,5 +962,5 @@ def precompute_prompts(
 ) -> dict[str, dict]:  # id -> tensors with `features` [merged tokens, hidden] for pixels; "tower" -> fingerprint
     "Prompts with what the model's vision tower makes of their pictures, for every model with the same tower. Ours."
     bar = tqdm(haystacks, desc="read pictures", unit="haystack", disable=not progress)
-    prompts = {h.id: _replace_pixels(prompt_inputs(processor, h, size), {"features": model}) for h in bar}
-    return {"tower": tower_fingerprint(model)} | prompts
+    made = _seen((prompt_inputs(processor, h, size) for h in bar), {"features": model})
+    return {"tower": tower_fingerprint(model)} | dict(zip([h.id for h in haystacks], made))
