@@ -517,13 +517,14 @@ def plan(
 ):  # -> laid_nb.plan.Plan
     "What a training needs: memory on each card, disk, time, and the flags that make it fit."
     prepare_process()
-    from laid_nb.plan import CARDS, Cards, Sample, advise, plan_training
+    from laid_nb.plan import CARDS, Cards, Sample, advise, limit_sample, plan_training
     if card not in CARDS: raise ValueError(f"card {card!r} is not known: {', '.join(CARDS)}, or give --card_memory")
     args, _ = _training_settings({"use_cpu": True} | (_yaml_settings(config) if config else {}) | settings)
     other = student if teacher == "self" else teacher
     own, other = _read_config(student), None if args.method == "sft" else _read_config(other)
     named = Cards(cards, card_memory or CARDS[card][0], card_tflops or CARDS[card][1])
     sample = Sample(images, *image_size, text, replies, args.per_device_train_batch_size)
+    sample = limit_sample(sample, args, _read_images(student))
     made = plan_training(own, other, args, sample, named, samples)
     better = advise(made, own, other, args, samples)
     print(made.table(share))
@@ -540,17 +541,28 @@ def _read_config(name: str):
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"cannot read the config of {name!r}: {str(e).strip().splitlines()[0]}") from e
 
+# %% ../nbs/13_cli.ipynb #plan-images
+def _read_images(name: str):
+    "The image processor of a model, from its settings alone; None, said aloud, where there are none."
+    from transformers import AutoImageProcessor
+    try:
+        return AutoImageProcessor.from_pretrained(model_path(name), trust_remote_code=False)
+    except Exception as e:  # the libraries raise errors of many types
+        print(f"laid: warning: no image processor is read from {name}, so that pixels have the limits of the settings, "
+              f"or the library's: {one_line(e)[:120]}", file=sys.stderr)
+
 # %% ../nbs/13_cli.ipynb #plan-train
 def _say_plan(student: str, teacher: str, args, haystacks: list) -> None:
     "Two lines before anything is loaded: what the training needs, and where that does not fit."
     if args.process_index > 0: return
     import torch
-    from laid_nb.plan import Cards, plan_training
+    from laid_nb.plan import Cards, limit_sample, plan_training
     own, other = (_read_config(name) for name in (student, student if teacher == "self" else teacher))
     sample = _longest(haystacks, args.per_device_train_batch_size)
     on_card = torch.cuda.is_available() and not args.use_cpu
     memory = torch.cuda.get_device_properties(0).total_memory/1e9 if on_card else 0
     try:
+        sample = limit_sample(sample, args, _read_images(student))
         made = plan_training(own, other, args, sample, Cards(args.world_size, memory or 80), len(haystacks),
                              simulate=on_card)
     except ValueError as e:
