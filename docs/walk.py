@@ -10,6 +10,7 @@ is put behind them to be feasible on a CPU, and `NOT_RUN` what cannot run here."
 import argparse
 import os
 import re
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -21,15 +22,16 @@ from laid_nb.store import cores, hardware, read_json, versions, write_json
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT/"docs"/"your_pair.md", ROOT/"data"/"results"/"walk.json"
 LIMIT = 900  # seconds of a command
-SHORT = "--max_steps 2 --gradient_accumulation_steps 1 --max_pixels 50176"  # 64 tokens an image
+SHORT = "--use_cpu true --max_steps 1 --gradient_accumulation_steps 1 --max_pixels 50176"  # 64 tokens an image
 CHANGES = {  # what a command begins with -> what is put behind it, for a CPU
-    "laid train": SHORT + " --bf16 true --lora_rank 8",
+    "laid train": SHORT + " --lora_rank 8",
     "laid train --student Qwen/Qwen2.5-VL-3B-Instruct --teacher Qwen/Qwen2.5-VL-7B-Instruct":
-        "--max_steps 2 --gradient_accumulation_steps 1 --max_pixels 100352",
+        SHORT + " --save_strategy no",
     "laid train --config": SHORT,
     "laid check": SHORT + " --lora_rank 8",
-    "torchrun --nproc-per-node 4": "--bf16 true --lora_rank 8 " + SHORT,
-    "accelerate launch --config_file": "--lora_rank 8 " + SHORT,
+    "torchrun --nproc-per-node 4": SHORT + " --lora_rank 8",
+    "accelerate launch --config_file": SHORT + " --lora_rank 8",
+    "laid eval Qwen/Qwen2.5-VL-3B-Instruct": "--max_pixels 50176",
 }
 WORDS = {  # words of a command -> those that are run
     "git clone https://github.com/laid-nb/laid_nb": 'git clone --quiet "$LAID_SOURCE" laid_nb',
@@ -87,10 +89,19 @@ def last_line(text: str) -> str:
     return said[-1][:240] if said else ""
 
 
+def clear(command: str, work: Path) -> None:
+    "Remove what a command wrote when it ran before."
+    for name in re.findall(r"(?:--output_dir|--out) (\S+)", command) + ["laid_nb"]*command.startswith("git clone"):
+        shutil.rmtree(work/name, ignore_errors=True)
+        if (work/name).is_file():
+            (work/name).unlink()
+
+
 def run(command: str, work: Path, variables: dict) -> dict:
     "A command and what came of it."
     why = of_start(command, NOT_RUN)
     if why: return dict(command=command, not_run=why)
+    clear(command, work)
     line, start = as_run(command), time.time()
     print(f"$ {line}", flush=True)
     log = work/"logs"/f"{re.sub(r'[^a-z0-9]+', '-', command.lower())[:80]}.txt"
@@ -106,7 +117,7 @@ def run(command: str, work: Path, variables: dict) -> dict:
     return dict(command=command, run=line, seconds=round(time.time() - start), exit=done, last=said)
 
 
-def walk(work: Path, again: bool) -> None:
+def walk(work: Path, again: bool, only: str) -> None:
     "Run what is not known; the file is written after each command."
     from stand_ins import STAND_INS, make_all
     work.mkdir(parents=True, exist_ok=True)
@@ -115,6 +126,7 @@ def walk(work: Path, again: bool) -> None:
     known = {row["command"]: row for row in read_json(RESULTS)["commands"]} if RESULTS.exists() and not again else {}
     for command in wanted:
         row = known.get(command, {})
+        if only not in command and not of_start(command, NOT_RUN): continue
         if row.get("run", as_run(command)) != as_run(command) or row.get("exit", 0 if row.get("not_run") else 1) != 0:
             known[command] = run(command, work, variables)
         made = dict(command="python docs/walk.py WORK", finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -163,9 +175,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", nargs="?", type=Path, help="folder of models, environment and results")
     parser.add_argument("--again", action="store_true", help="run all commands")
+    parser.add_argument("--only", default="", help="run commands with this text in them, and no others")
     given = parser.parse_args()
     if given.work:
-        walk(given.work.resolve(), given.again)
+        walk(given.work.resolve(), given.again, given.only)
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8"), read_json(RESULTS)), encoding="utf-8")
 
 

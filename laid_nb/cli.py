@@ -25,6 +25,7 @@ from . import __version__
 from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
 from .checkpoint import checkpoints, start_point
+from .limits import limit_pixels
 from .overlap import data_marks, overlap, read_marks, save_marks
 from .pictures import refuse_bad_pictures
 from laid_nb.script import (
@@ -104,6 +105,9 @@ def evaluate(
     max_batch_tokens: _Count = 16_384,  # of haystacks read at once, padding included; a longer one is read alone
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",  # of the weights (default the file's)
     attn_implementation: str | None = None,  # such as sdpa, eager or flash_attention_2 (default: the library's choice)
+    min_pixels: _Count | None = None,  # of an image at least (default: as saved with the model)
+    max_pixels: _Count | None = None,  # of an image at most (default: as saved with the model)
+    image_budget: _Count | None = None,  # of all images of a haystack together (default: as saved with the model)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
@@ -121,6 +125,7 @@ def evaluate(
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
+    limit_pixels(processor, min_pixels, max_pixels, image_budget)
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
