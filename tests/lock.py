@@ -14,7 +14,7 @@ environments = ["sys_platform == 'linux' and python_version == '3.10'",
                 "sys_platform == 'linux' and python_full_version >= '3.11.5' and python_version < '3.14'"]
 """
 HEAD = """# constraints.txt with hashes, and the libraries of CUDA that torch pins: `make lock` writes it, after a change of constraints.txt.
-# pip install --require-hashes -r requirements-lock.txt && pip install --no-deps -e .
+# pip install --require-hashes -r requirements-lock.txt && pip install --no-deps --no-build-isolation -e .
 """
 
 

@@ -8,7 +8,7 @@ import torch
 
 from laid_nb.haystack import Haystack, Question, haystack_dataset, picture_haystack, row_haystack
 from laid_nb.inputs import HaystackCollator, precompute
-from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, unlabelled
+from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, is_recomposed, unlabelled
 
 
 def test_unlabelled_keeps_all_but_the_answer():
@@ -96,6 +96,16 @@ def test_recomposed_samples_depend_on_seed_epoch_and_index_alone(processor, hays
     fresh = [i for i in range(n) if first[i] != haystacks[i]]
     assert 0 < len(fresh) < n and all([len(first[i].images), len(first[i].questions)] == [len(haystacks[i].images), 3] for i in range(n))
     assert all(q.answer is None for i in fresh for q in first[i].questions)
+
+
+def test_the_share_is_that_of_what_is_put_together_anew(processor, haystacks):
+    epoch = 0
+    def anew(share):
+        nonlocal epoch
+        made, fresh = Recomposed(haystacks, share, HaystackCollator(processor), 0, lambda: epoch), 0
+        for epoch in range(20): fresh += sum(is_recomposed(made[i]) for i in range(12))
+        return fresh
+    assert (anew(0), anew(1)) == (0, 240) and 30 < anew(.2) < 66  # 48 of 240, within three standard deviations
 
 
 def test_a_picture_that_was_not_seen_is_named(processor, pool):
