@@ -126,3 +126,9 @@ def test_contents_of_a_draw_stay():
     made = PicturePool([picture_haystack(i, 3 + i % 8) for i in range(40)]).haystack(3, 3, random.Random(0))
     assert [(q.anchor, q.target, q.needles) for q in made.questions] == [
         ("dog", "toothbrush", (2,)), ("dog", "truck", (2,)), ("zebra", "banana", (0,))]
+
+
+def test_a_quarter_of_the_questions_is_swapped_where_nothing_else_is_said():
+    pool = PicturePool([picture_haystack(i, 3 + i % 8) for i in range(40)])
+    drawn = lambda *swap: [pool.haystack(8, 3, random.Random(seed), *swap).questions for seed in range(20)]
+    assert drawn() == drawn(.25) and drawn(.25) != drawn(0)
