@@ -43,8 +43,8 @@ FOLDS = {  # why a cell's code is folded -> what is read there
 
 PLAY_TOP = """# Play
 
-> Three small models, the teacher, the student, and the student distilled from it: where they look, what their heads
-> do. And RoPE under sliders.
+> Three small models, the teacher, the student, and the student distilled from it: where they look, what their heads do.
+> And RoPE under sliders.
 
 What you see of the models was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own
 checkpoints: `laid inspect`."""
