@@ -22,13 +22,14 @@ import torch.nn.functional as F
 from torch import distributed
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from .haystack import IMAGE, YES_NO, Haystack, haystack_fingerprint
 from laid_nb.inputs import (
     append_text, family_of, image_inputs, pad, prefix_inputs, prefix_length, prompt_inputs, question_ids,
     read_positions, reply_lead, stack
 )
+from .pictures import BadPicture
 from .store import lock, model_fingerprint, tokenizer_of, tower_fingerprint
 
 # %% ../nbs/10a_evaluate.ipynb #continuation
@@ -61,6 +62,11 @@ class PrefixCache(NamedTuple):
     length: int  # tokens in the cache, padding included
     real: torch.Tensor | None = None  # [haystacks, length] 1, or 0 for padding; None: there is none
 
+def _keeps_state(model) -> bool:
+    "Whether a layer keeps a state of what it has read (linear attention, convolution), not keys and values."
+    layers, known = DynamicCache(config=model.config).layers, (DynamicLayer, DynamicSlidingWindowLayer)
+    return getattr(model, "_is_stateful", False) or any(type(layer) not in known for layer in layers)
+
 def _prefix_part(model, inputs):
     "Of a prompt: what to call a model with for its images, their positions, and the position of what follows."
     inputs = {name: x.to(model.device) for name, x in inputs.items()}
@@ -72,6 +78,9 @@ def read_prefix(
     *prompts: dict,  # of a haystack each, from `prompt_inputs` or `precompute_prompts`
 ) -> PrefixCache:
     "Read the images of prompts once, in one pass. ValueError for a prompt that can only be read whole."
+    if _keeps_state(model):
+        raise ValueError(f"{type(model).__name__} keeps a state of what it has read, which questions cannot share: "
+                         "only whole prompts can be read")
     parts, positions, starts = zip(*(_prefix_part(model, inputs) for inputs in prompts))
     lengths, cache = [p.shape[-1] for p in positions], DynamicCache()
     longest = max(lengths)
@@ -314,12 +323,12 @@ def ask_many(
 ) -> list[tuple[torch.Tensor, list[str] | None]]:  # of each haystack, as from `ask`
     "Ask each question by itself, several haystacks at a time: the numbers of `ask`, with fewer passes. Ours."
     how = _How(batch, max_new_tokens, prompt, size, max_batch_tokens, _end_ids(model, tokenizer_of(processor)))
-    windows, found = _has_windows(model), []
+    windows, apart, found = _has_windows(model), not _keeps_state(model), []
     def kind(asked): return bool(asked.inputs["prefix"]), windows and int(asked.inputs["prefix"])
     each = zip(haystacks, turns, features or [None]*len(haystacks))
     asked = (_asked(processor, h, t, size, x) for h, t, x in each)
     for group in _neighbours(asked, _tokens, batch, max_batch_tokens, kind):
-        way = _ask_parts if int(group[0].inputs["prefix"]) else _ask_whole
+        way = _ask_parts if apart and int(group[0].inputs["prefix"]) else _ask_whole
         answers = iter(way(model, processor, group, how))
         found += [_told(processor, [next(answers) for _ in asked.turns], max_new_tokens) for asked in group]
     return found
@@ -518,7 +527,7 @@ def _shared(place, work) -> list:
     try:
         own, error = (work(), None), None
     except Exception as e:  # whatever it is, the others must not wait
-        own, error = (None, f"{type(e).__name__}: {e}"), e
+        own, error = (None, (f"{type(e).__name__}: {e}", isinstance(e, BadPicture))), e
     found = [None]*world
     try:
         distributed.all_gather_object(found, own)
@@ -527,7 +536,10 @@ def _shared(place, work) -> list:
                               "what it says itself is the cause") from (error or e)
     if error: raise error
     for other, (_, told) in enumerate(found):
-        if told: raise ConnectionError(f"process {other} of {world} has failed, and all end: {told}")
+        if not told: continue
+        why, picture = told
+        if picture: raise BadPicture(f"process {other} of {world}: {why}")
+        raise ConnectionError(f"process {other} of {world} has failed, and all end: {why}")
     return [result for result, _ in found]
 
 # %% ../nbs/10a_evaluate.ipynb #check-evaluate
@@ -646,7 +658,7 @@ def evaluate(
     _check_haystacks(haystacks, generate)
     if features:
         _check_tower(model, features)
-    marks = {h.id: haystack_fingerprint(h) for h in haystacks}
+    marks, *_ = _shared(place, lambda: {h.id: haystack_fingerprint(h) for h in haystacks})
     settings = dict(name=name, generate=length, prompt=prompt, image_size=size, method=method)
     header = _header(model, processor, **settings) if path else {}
     path = Path(path) if path and place[0] == 0 else None

@@ -11,6 +11,7 @@ __all__ = ['OTHER', 'TEXT', 'FAMILIES', 'PROMPT_FILE', 'is_text', 'messages', 'F
 # %% ../nbs/07c_inputs.ipynb #imports
 import functools
 import hashlib
+import inspect
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -165,11 +166,14 @@ FAMILIES: dict[str, Family] = {  # by the model_type of the config
     "qwen2_5_vl": replace(_QWEN, processor="Qwen2_5_VLProcessor"),
     "qwen3_vl": replace(_DEEPSTACK, processor="Qwen3VLProcessor"),
     "qwen3_vl_moe": replace(_DEEPSTACK, processor="Qwen3VLProcessor"),
+    "qwen3_5": replace(_QWEN, processor="Qwen3VLProcessor"),
     "glm4v": replace(_QWEN, processor="Glm4vProcessor"),
     "internvl": replace(_ALONE, processor="InternVLProcessor"),
     "llava": replace(_ALONE, processor="LlavaProcessor"),
+    "llava_next": replace(_SIZED, processor="LlavaNextProcessor"),
     "llava_onevision": replace(_ALONE, processor="LlavaOnevisionProcessor", images=_ANYRES, pixels=_ANYRES,
                                features=_ANYRES),
+    "aya_vision": replace(_ALONE, processor="AyaVisionProcessor"),
     "gemma3": replace(_TYPED, processor="Gemma3Processor"),
     "paligemma": replace(_TYPED, processor="PaliGemmaProcessor", whole=True, reply=(("token_type_ids", 1),)),
     "idefics3": replace(_TILED, processor="Idefics3Processor"),
@@ -236,7 +240,7 @@ _NOTHING = Question("", "", "words", None, (), "?")
 # %% ../nbs/07c_inputs.ipynb #image-spans
 def _placeholder_spans(processor, replaced, images) -> list[tuple[int, int]]:
     "Characters of each image in the processor's text, with what the template writes around it."
-    if replaced is None or len(replaced[0]) != images:
+    if len(replaced[0]) != images:
         raise ValueError(f"{type(processor).__name__} does not say where the {images} images stand in its text")
     before, behind = map(len, around_image(processor))
     return [(r["new_span"][0] - before, r["new_span"][1] + behind) for r in replaced[0]]
@@ -260,6 +264,35 @@ def _owners(offsets, spans) -> torch.Tensor:
     for i, (start, end) in enumerate(spans):
         owner[(first >= start) & (first < end) & (last > first)] = i
     return owner[None]
+
+# %% ../nbs/07c_inputs.ipynb #found-spans
+def _found_span(processor, ids, alone, start) -> tuple[int, int]:
+    "Tokens of an image in a prompt, from `start` on; `alone`: what is written for it without any other."
+    seen = [i for i, token in enumerate(alone) if token == processor.image_token_id]
+    core = alone[seen[0]:seen[-1] + 1] if seen else [None]
+    first = next((i for i in range(start, len(ids)) if ids[i:i + len(core)] == core), None)
+    if first is None: raise ValueError(f"{type(processor).__name__} does not say where images stand in its text")
+    end, before, behind = first + len(core), alone[:seen[0]], alone[seen[-1] + 1:]
+    while before and first > start and ids[first - 1] == before.pop():
+        first -= 1
+    while behind and end < len(ids) and ids[end] == behind.pop(0):
+        end += 1
+    return first, end
+
+
+def found_spans(
+    processor,  # a transformers processor
+    ids: list[int],  # of a prompt
+    pictures: list,  # PIL images, in their order
+    **given,  # further arguments of the processor
+) -> list[tuple[int, int]]:  # of each picture: its first token, and the one behind its last
+    "Tokens of each image of a prompt, found by reading each picture alone. ValueError where it is not there. Ours."
+    spans, end = [], 0
+    for picture in pictures:
+        made = processor(text=[processor.image_token], images=[[picture]], add_special_tokens=False, **given)
+        spans.append(_found_span(processor, ids, list(made["input_ids"][0]), end))
+        end = spans[-1][1]
+    return spans
 
 # %% ../nbs/07c_inputs.ipynb #run-processor
 OURS = ("labels", "replies", "turn", "image", "prefix", "needles", "haystack", "content", "teacher",  # not for a model
@@ -294,7 +327,12 @@ def _run_processor(processor, text, haystack, size) -> dict:
     offsets, replaced = made.pop("offset_mapping"), made.pop("text_replacement_offsets", None)
     made = {name: x for name, x in made.items() if name not in OURS}
     _check_fields(made, family, processor)
-    return made | {"image": _owners(offsets, _spans(processor, family, text, haystack, replaced))}
+    if replaced is None and family.among and not is_text(haystack):
+        ids = made["input_ids"][0].tolist()
+        offsets = torch.arange(len(ids) + 1).unfold(0, 2, 1)[None]  # spans of tokens, not of characters
+        spans = found_spans(processor, ids, pictures, **size_of_images(processor, len(pictures)))
+    else: spans = _spans(processor, family, text, haystack, replaced)
+    return made | {"image": _owners(offsets, spans)}
 
 # %% ../nbs/07c_inputs.ipynb #encode-tensors
 _FILL = {"labels": -100, "replies": False, "turn": -1, "image": -1}  # what we add to tokens; where nothing stands
@@ -509,17 +547,34 @@ class SizeSampler(torch.utils.data.Sampler):
         return iter([i for s in starts for i in order[s*self.batch:(s + 1)*self.batch]])
 
 # %% ../nbs/07c_inputs.ipynb #image-features
+def _taken(function, names) -> list[str]:
+    "Those of `names` that a function has an argument for."
+    return [name for name in names if name in inspect.signature(function).parameters]
+
+def _tower_fields(model, sample) -> list[str]:
+    "Fields of a sample that the vision tower reads: those of the row, or, without one, what it takes."
+    row = family_of(model)
+    if row is not OTHER: return [name for name in row.features if name in sample]
+    fields = [name for name, x in sample.items() if torch.is_tensor(x) and name != "input_ids"]
+    return _taken(model.get_image_features, fields) if hasattr(model, "get_image_features") else []
+
 @torch.no_grad()
 def image_features(
     model,  # a model with `get_image_features`
     sample: dict,  # from `encode` or `prompt_inputs`
 ) -> torch.Tensor:  # [merged tokens, hidden]
     "What the vision tower and its projector hand to the text model; ValueError for families that hand over more."
-    given = {name: sample[name].to(model.device) for name in family_of(model).features if name in sample}
+    given = {name: sample[name].to(model.device) for name in _tower_fields(model, sample)}
     out = model.get_image_features(**given) if given else None
     if out is None or getattr(out, "deepstack_features", None) is not None:
         raise ValueError(f"{type(model).__name__} feeds image features to several layers: they cannot be precomputed")
     return torch.cat(list(out.pooler_output)).cpu()
+
+
+def _pixels(model, sample) -> set[str]:
+    "Fields of a sample that only the vision tower reads."
+    row = family_of(model)
+    return set(row.pixels) if row is not OTHER else {*_tower_fields(model, sample)} - {*row.positions}
 
 
 def _replace_pixels(sample, models) -> dict:
@@ -532,8 +587,40 @@ def _replace_pixels(sample, models) -> dict:
         return _replace_pixels(own, of_student) | {"teacher": _replace_pixels(sample["teacher"], of_teacher)}
     if not any(name in sample for model in models.values() for name in family_of(model).pixels): return sample
     features = {name: image_features(model, sample) for name, model in models.items()}
-    pixels = {name for model in models.values() for name in family_of(model).pixels}
+    pixels = {field for model in models.values() for field in _pixels(model, sample)}
     return {name: x for name, x in sample.items() if name not in pixels} | features
+
+# %% ../nbs/07c_inputs.ipynb #stand-in
+@torch.no_grad()
+def _read_last(model, sample, role) -> torch.Tensor:
+    "Logits behind a sample, [1, vocabulary]."
+    given = image_inputs(model, sample, role) | _only_last(model)
+    positions = to_model(model, read_positions(model, batch_of(sample, role)))
+    return model(**given, position_ids=positions, use_cache=False).logits[:, -1]
+
+def _only_last(model): return dict.fromkeys(_taken(model.forward, ["logits_to_keep"]), 1)
+
+def _check_stand_in(model, sample, seen, name):
+    "`ValueError` where a model without a row reads a sample with features (`seen`) otherwise than with its pixels."
+    role, training = None if name == "features" else name.partition("_")[0], model.training
+    if family_of(model) is not OTHER or name not in batch_of(seen, role): return
+    model.eval()
+    try:
+        whole, apart = (_read_last(model, x, role).float() for x in (sample, seen))
+        same = (whole - apart).norm() <= .05*whole.norm()
+    except (RuntimeError, TypeError): same = False
+    model.train(training)
+    if same: return
+    raise ValueError(f"{type(model).__name__} does more with image tokens than put features in their place: they cannot "
+                     "be precomputed")
+
+def _seen(samples, models):
+    "Each sample with features in place of pixels."
+    for n, sample in enumerate(samples):
+        seen = _replace_pixels(sample, models)
+        for name, model in models.items() if n == 0 else ():
+            _check_stand_in(model, sample, seen, name)
+        yield seen
 
 # %% ../nbs/07c_inputs.ipynb #towers
 def _towers(models) -> dict[str, str]:
@@ -585,7 +672,8 @@ def precompute(
     if folder is not None: return _store(haystacks, collator, models, folder, share, progress)
     bar = tqdm(haystacks, desc="encode haystacks", unit="haystack", disable=not progress)
     about, towers = {"prompt": collator.prompt}, _towers(models)
-    return [_marked(_replace_pixels(collator.encode(h), models), towers) | about | {"haystack": h} for h in bar]
+    made = _seen(map(collator.encode, bar), models)
+    return [_marked(sample, towers) | about | {"haystack": h} for sample, h in zip(made, haystacks)]
 
 # %% ../nbs/07c_inputs.ipynb #sample-key
 @functools.lru_cache(None)
@@ -651,10 +739,9 @@ def _store(haystacks, collator, models, folder, share, progress) -> StoredSample
     if hasattr(collator, "teacher"):  # a `PairCollator`
         about["teacher_processor"] = processor_fingerprint(collator.teacher.processor)
     kept, keys = TensorFolder(folder, about), [sample_key(h, collator.turns) for h in haystacks]
-    bar = tqdm(range(share[0], len(keys), share[1]), desc="encode haystacks", unit="haystack", disable=not progress)
-    for i in bar:
-        if keys[i] in kept: continue
-        sample = _replace_pixels(collator.encode(haystacks[i]), models)
+    new = [i for i in range(share[0], len(keys), share[1]) if keys[i] not in kept]
+    bar = tqdm(new, desc="encode haystacks", unit="haystack", disable=not progress)
+    for i, sample in zip(new, _seen((collator.encode(haystacks[i]) for i in bar), models)):
         kept.save(keys[i], _flat(sample))
     return StoredSamples(haystacks, keys, kept, collator.turns, _towers(models), collator.prompt)
 
@@ -717,7 +804,8 @@ def image_inputs(
     image = ids == getattr(model.config, family.image)
     embeds = model.get_input_embeddings()(ids)
     _check_features(features, name, (int(image.sum()), embeds.shape[-1]), role)
-    beside = to_model(model, {key: batch[key] for key in family.beside if key in batch})
+    names = family.beside if family is not OTHER else _taken(model.forward, token_fields(batch, family)[1:])
+    beside = to_model(model, {key: batch[key] for key in names if key in batch and key not in OURS})
     return beside | {"inputs_embeds": embeds.masked_scatter(image[..., None], features.to(embeds))}
 
 # %% ../nbs/07c_inputs.ipynb #positions
@@ -874,5 +962,5 @@ def precompute_prompts(
 ) -> dict[str, dict]:  # id -> tensors with `features` [merged tokens, hidden] for pixels; "tower" -> fingerprint
     "Prompts with what the model's vision tower makes of their pictures, for every model with the same tower. Ours."
     bar = tqdm(haystacks, desc="read pictures", unit="haystack", disable=not progress)
-    prompts = {h.id: _replace_pixels(prompt_inputs(processor, h, size), {"features": model}) for h in bar}
-    return {"tower": tower_fingerprint(model)} | prompts
+    made = _seen((prompt_inputs(processor, h, size) for h in bar), {"features": model})
+    return {"tower": tower_fingerprint(model)} | dict(zip([h.id for h in haystacks], made))

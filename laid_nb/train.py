@@ -457,7 +457,7 @@ class PictureGuard:
         collator,  # samples -> batch
         policy: str,  # "fail" or "skip"
     ):
-        self.collator, self.policy, self.good = collator, policy, None  # good: the last samples that could be read
+        self.collator, self.policy, self.good = collator, policy, []  # good: the last samples that could be read
 
     def __getattr__(self, name):
         if name == "collator": raise AttributeError(name)  # while it is unpickled
@@ -477,16 +477,17 @@ class PictureGuard:
     def __call__(
         self,
         samples: list,  # of one micro-batch
-    ) -> dict:  # a batch; with "fail" and a bad picture only `bad_picture`, the error's text
-        "A batch. BadPicture where nothing was left out of the first batch."
+    ) -> dict:  # a batch; only `bad_picture`, the error's text, where a bad picture is fatal or nothing else can be read
+        "A batch. What is wrong is said in it and not raised: other processes must not wait for this one."
         try:
             batch, self.good = self.collator(samples), samples
             return batch
         except BadPicture as e:
-            if self.policy == "fail": return {"bad_picture": str(e)}
-            left = self._left(samples) or self.good
-            if not left: raise
-            return self.collator(left)
+            left = [] if self.policy == "fail" else self._left(samples) or self.good
+            try:
+                return self.collator(left) if left else {"bad_picture": str(e)}
+            except BadPicture:  # the last good ones have gone bad too
+                return {"bad_picture": str(e)}
 
 # %% ../nbs/09b_train.ipynb #trainer
 class LaidTrainer(Trainer):

@@ -7,8 +7,10 @@ __all__ = ['Validation']
 
 # %% ../nbs/10c_validation.ipynb #imports
 import math
+import warnings
 from contextlib import ExitStack, contextmanager
 
+from accelerate.utils import gather_object
 from transformers import TrainerCallback
 
 from .accuracy import Results, by_size
@@ -16,6 +18,7 @@ from .capture import capture
 from .evaluate import evaluate
 from .parts import GainPart
 from .patch import patch
+from .pictures import BadPicture, check_pictures
 from .shard import is_sharded
 
 # %% ../nbs/10c_validation.ipynb #log-numbers
@@ -54,15 +57,36 @@ class Validation(TrainerCallback):
         self.done = None  # the last step with an evaluation
         trainer.add_callback(self)
 
-    def measure(self) -> dict[str, float]:
-        "Ask the student as it is now; every process must call this."
+    def ask(self) -> list[dict]:
+        "Records of the student as it is now; every process must call this. BadPicture, then in all of them."
         trainer = self.trainer
         collator, divide = trainer.data_collator, not is_sharded(trainer.model)
         with _as_trained(trainer) as student:
-            records = evaluate(student, trainer.processing_class, self.haystacks, batch=self.batch,
-                               generate=self.generate, prompt=collator.prompt, size=collator.size, progress=False,
-                               together=divide)
-        return log_numbers(records)
+            return evaluate(student, trainer.processing_class, self.haystacks, batch=self.batch,
+                            generate=self.generate, prompt=collator.prompt, size=collator.size, progress=False,
+                            together=divide)
+
+# %% ../nbs/10c_validation.ipynb #bad
+@patch
+def leave_out(self: Validation, error: BadPicture) -> None:
+    "Haystacks with a bad picture, or end the training; every process must call this."
+    trainer = self.trainer
+    bad = {h.id for h in self.haystacks if check_pictures([h], progress=False)}
+    bad = set().union(*gather_object([bad]))
+    left = [h for h in self.haystacks if h.id not in bad]
+    if trainer.args.on_bad_image == "fail" or not bad or not left:
+        trainer.check_read({"bad_picture": str(error)})
+    warnings.warn(f"{len(bad)} of {len(self.haystacks)} haystacks are no longer asked about: {error}", stacklevel=2)
+    self.haystacks = left
+
+@patch
+def measure(self: Validation) -> dict[str, float]:
+    "What the student as it is now adds to the log; every process must call this."
+    while True:
+        try:
+            return log_numbers(self.ask())
+        except BadPicture as e:
+            self.leave_out(e)
 
 # %% ../nbs/10c_validation.ipynb #validation-events
 @patch

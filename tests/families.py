@@ -60,6 +60,7 @@ def sectioned(): return dict(rope_parameters={"rope_type": "default", "rope_thet
 
 
 WINDOWS = {"student": ["full_attention", "sliding_attention"], "teacher": ["sliding_attention", "full_attention", "sliding_attention"]}  # of Gemma 3: the last looks near
+COHERE = {"student": ["sliding_attention", "full_attention"], "teacher": ["sliding_attention", "sliding_attention", "full_attention"]}  # the last has no RoPE
 SIGLIP = dict(model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=56, patch_size=14)
 CLIP = SIGLIP | dict(model_type="clip_vision_model", projection_dim=32)
 
@@ -110,6 +111,17 @@ def qwen3_vl(moe=False):
 
 
 def qwen3_vl_moe(): return qwen3_vl(moe=True)
+
+
+def qwen3_5():
+    words = qwen_words()
+    reads = t.Qwen3VLProcessor(t.Qwen2VLImageProcessor(patch_size=14), words, t.Qwen3VLVideoProcessor(), chat_template=QWEN_CHAT)
+    def make(name):
+        kinds = ["linear_attention"]*{"student": 1, "teacher": 2}[name] + ["full_attention"]
+        text = text_config(name, words, layer_types=kinds, linear_key_head_dim=8, linear_value_head_dim=8, linear_num_key_heads=2, linear_num_value_heads=4, **sectioned())
+        vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=text["hidden_size"], patch_size=14, num_position_embeddings=64)
+        return t.Qwen3_5ForConditionalGeneration(t.Qwen3_5Config(text_config=text, vision_config=vision, **qwen_tokens(words)))
+    return reads, make
 
 
 def glm4v():
@@ -167,6 +179,30 @@ def llava_onevision():
             text_config=text_config(name, words, model_type="qwen2", **plain()), vision_config=SIGLIP | dict(vision_use_head=False), image_token_id=words.image_token_id,
             video_token_id=words.video_token_id, image_grid_pinpoints=pictures.image_grid_pinpoints, vision_feature_select_strategy="full",
             vision_feature_layer=-1, tie_word_embeddings=False))
+    return reads, make
+
+
+def llava_next():
+    words = tokenizer("<image>", bos="<s>", named={"image_token": "<image>"})
+    pictures = t.LlavaNextImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=[[56, 112], [112, 56]])
+    reads = t.LlavaNextProcessor(pictures, words, patch_size=14, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+                                 chat_template=chat(image="<image>\n", bos="{{ bos_token }}"))
+    def make(name):
+        return t.LlavaNextForConditionalGeneration(t.LlavaNextConfig(
+            text_config=text_config(name, words, model_type="mistral", sliding_window=None, **plain()), vision_config=CLIP, image_token_id=words.image_token_id,
+            image_grid_pinpoints=pictures.image_grid_pinpoints, tie_word_embeddings=False))
+    return reads, make
+
+
+def aya_vision():
+    tiles = [f"TILE_{i}" for i in range(1, 5)]
+    words = tokenizer("<image>", "<|START_OF_IMG|>", "<|END_OF_IMG|>", "<|IMG_PATCH|>", "<|IMG_LINE_BREAK|>", "TILE", "TILE_GLOBAL", *tiles, bos="<BOS_TOKEN>")
+    pictures = t.GotOcr2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, min_patches=1, max_patches=2)
+    reads = t.AyaVisionProcessor(pictures, words, patch_size=14, img_size=56, downsample_factor=2, chat_template=chat(image="<image>", bos="{{ bos_token }}"))
+    def make(name):
+        text = text_config(name, words, model_type="cohere2", sliding_window=24, layer_types=COHERE[name], **plain())
+        return t.AyaVisionForConditionalGeneration(t.AyaVisionConfig(
+            text_config=text, vision_config=SIGLIP | dict(vision_use_head=False), downsample_factor=2, image_token_id=reads.image_token_id, tie_word_embeddings=False))
     return reads, make
 
 
@@ -256,7 +292,7 @@ def language_model(model, config, bos=None, words=None, **settings):
     return words, make
 
 
-FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, glm4v, internvl, llava, llava_metaspace, llava_onevision, gemma3, paligemma, idefics3,
+FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe, qwen3_5, glm4v, internvl, llava, llava_metaspace, llava_next, llava_onevision, aya_vision, gemma3, paligemma, idefics3,
                                     idefics3_tiled, smolvlm, mistral3, mllama)} | {
     "llama": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, bos="<s>"),
     "smollm2": lambda: language_model(t.LlamaForCausalLM, t.LlamaConfig, tie_word_embeddings=True),
@@ -269,9 +305,54 @@ FAMILIES = {f.__name__: f for f in (qwen2_vl, qwen2_5_vl, qwen3_vl, qwen3_vl_moe
 }
 
 
+# --- without a row of their own -----------------------------------------------
+def idefics2():
+    words = tokenizer("<fake_token_around_image>", "<image>", "<end_of_utterance>", bos="<s>")
+    reads = t.Idefics2Processor(t.Idefics2ImageProcessor(size={"shortest_edge": 28, "longest_edge": 56}), words, image_seq_len=4,
+                                chat_template=chat(colon=":", image="<image>", close="<end_of_utterance>\n", bos="{{ bos_token }}"))
+    def make(name):
+        text = text_config(name, words, model_type="mistral", sliding_window=None, **plain())
+        looks = dict(hidden_size=text["hidden_size"], resampler_n_latents=4, resampler_depth=1, resampler_n_heads=2, resampler_head_dim=8, num_key_value_heads=1)
+        vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14)
+        return t.Idefics2ForConditionalGeneration(t.Idefics2Config(text_config=text, vision_config=vision, perceiver_config=looks, image_token_id=reads.image_token_id))
+    return reads, make
+
+
+def gemma4():
+    words = tokenizer("<|image>", "<image|>", "<|image|>", "<|audio|>", "<|audio>", "<audio|>", "<|video|>", bos="<bos>", eos="<turn|>", pad="<pad>", named=dict(
+        boi_token="<|image>", eoi_token="<image|>", image_token="<|image|>", audio_token="<|audio|>", boa_token="<|audio>", eoa_token="<audio|>"))
+    reads = t.Gemma4Processor(t.Gemma4AudioFeatureExtractor(), t.Gemma4ImageProcessor(patch_size=4, max_soft_tokens=70), words, t.Gemma4VideoProcessor(patch_size=4),
+                              chat_template=chat(image="<|image|>", bos="{{ bos_token }}"))
+    def make(name):
+        token, kinds = words.convert_tokens_to_ids, ["sliding_attention"]*{"student": 1, "teacher": 2}[name] + ["full_attention"]
+        text = text_config(name, words, layer_types=kinds, sliding_window=24, vocab_size_per_layer_input=len(words), hidden_size_per_layer_input=8, global_head_dim=8)
+        vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=16, patch_size=4, position_embedding_size=256)
+        return t.Gemma4ForConditionalGeneration(t.Gemma4Config(
+            text_config=text, vision_config=vision, audio_config=None, image_token_id=reads.image_token_id, video_token_id=token("<|video|>"),
+            boi_token_id=token("<|image>"), eoi_token_id=token("<image|>"), audio_token_id=token("<|audio|>"), tie_word_embeddings=True))
+    return reads, make
+
+
+def ovis2():
+    marks = ["<IMG_START>", "<IMG_GRID>", "<IMG_COL>", "<IMG_ROW>", "<IMG_END>"]
+    words = tokenizer("<image>", "<IMG_ATOM>", *marks)
+    pictures = t.Ovis2ImageProcessor(size={"height": 56, "width": 56}, crop_to_patches=True, max_patches=2)
+    reads = t.Ovis2Processor(pictures, words, chat_template=chat(image="<image>\n"), image_seq_length=16)
+    def make(name):
+        token, text = words.convert_tokens_to_ids, text_config(name, words, model_type="qwen2", **plain())
+        vision = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=56, patch_size=14, vocab_size=40)
+        return t.Ovis2ForConditionalGeneration(t.Ovis2Config(
+            text_config=text, vision_config=vision, image_token_id=token("<IMG_ATOM>"), visual_indicator_token_ids=[token(m) for m in marks], vocab_size=len(words),
+            hidden_size=text["hidden_size"], tie_word_embeddings=False))
+    return reads, make
+
+
+UNNAMED = {f.__name__: f for f in (idefics2, gemma4, ovis2)}
+
+
 def build(family):
     "(processor, make): make(name) gives a tiny random student or teacher, the same weights for the same name."
-    reads, make = FAMILIES[family]()
+    reads, make = (FAMILIES | UNNAMED)[family]()
     def seeded(name):
         torch.manual_seed(len(name))
         return make(name).eval()

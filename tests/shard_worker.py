@@ -3,19 +3,22 @@ import json
 import os
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, logging
+from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, TrainerCallback, logging
 
 from laid_nb.anchors import anchor_config, build_processor
-from laid_nb.haystack import picture_haystack
+from laid_nb.haystack import Haystack, picture_haystack
 from laid_nb.inputs import HaystackCollator, precompute
+from laid_nb.pictures import BadPicture
 from laid_nb.shard import full_state
 from laid_nb.train import LaidConfig, LaidTrainer
+from laid_nb.validation import Validation
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
@@ -143,6 +146,47 @@ def half(folder):
     made = trainer(folder/"half", 1, 2, bf16=True, student=tiny("student", torch.float32), teacher=tiny("teacher", torch.bfloat16), teacher_placement="shard", **FSDP)
     made.train()
     keep(made, folder/"half")
+
+
+class Spoil(TrainerCallback):
+    "After the first step, empties pictures."
+    def __init__(self, images): self.images = images
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 1:
+            for image in self.images: image.write_bytes(b"")
+
+
+def filed(folder):
+    "The four haystacks with pictures in files."
+    found = []
+    for h in uneven():
+        files = [folder/f"{h.id.replace('/', '-')}-{i}.png" for i in range(len(h.images))]
+        for i, file in enumerate(files): h.image(i).save(file)
+        found.append(Haystack(tuple(files), h.questions, h.id))
+    return found
+
+
+def spoiled(folder):
+    "The second process's own copy of the pictures goes bad after a step: all of them, or those of some haystacks; read by itself, and by a data reader."
+    for policy, readers, validated in (("fail", 0, False), ("fail", 1, False), ("skip", 0, False), ("skip", 1, False), ("fail", 0, True), ("skip", 0, True)):
+        fresh()
+        name = f"spoiled-{policy}-{readers}-{'test' if validated else 'train'}"
+        own = folder/f"{name}-{os.environ['RANK']}"
+        own.mkdir()
+        files = filed(own)
+        made = trainer(folder/name, 2, 4, None if validated else files, method="sft", lambda_hidden=None, on_bad_image=policy, dataloader_num_workers=readers, eval_steps=2)
+        if validated: Validation(made, files, batch=2)
+        gone = files if policy == "fail" else files[:3] if validated else files[:1]
+        if made.args.process_index == 1: made.add_callback(Spoil([x for h in gone for x in h.images]))
+        said = None
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try: made.train()
+            except BadPicture as e: said = str(e)
+        told = [str(w.message) for w in warned if "haystack" in str(w.message)]
+        asked = [h["step"] for h in made.state.log_history if "eval_accuracy_2" in h]
+        own.with_suffix(".json").write_text(json.dumps(dict(said=said, told=told, step=made.state.global_step, asked=asked)))
+        save_file({k: x.clone() for k, x in made.model.state_dict().items()}, own.with_suffix(".safetensors"))
 
 
 def fail(folder):

@@ -52,7 +52,7 @@ def test_many_haystacks_are_asked_as_each_alone(built, name):
     together, rows = passes(model, lambda: ask_many(model, reads, stacks, [None]*4))
     assert abs(one_by_one[0] - one_by_one[3]).max() > 1e-4  # the questions matter
     for (found, _), alone in zip(together, one_by_one): torch.testing.assert_close(found, alone, atol=made.error, rtol=0)
-    if family_of(reads).whole: assert rows == [6]  # whole prompts: one for each, and one more for each further choice
+    if family_of(reads).whole or module._keeps_state(model): assert rows == [6]  # whole prompts: one for each, and one more for each further choice
     elif windows: assert max(rows) < 4  # only what is of one length
     else: assert rows[:2] == [4, 4] and sum(rows[2:]) == 3  # images, questions, and the three choices of one of them
 

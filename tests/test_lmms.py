@@ -239,7 +239,9 @@ def test_runs_that_cannot_be_compared_are_refused(tmp_path):
 
 def test_the_kept_run_is_equal_and_its_differences_are_printed(tmp_path, capsys):
     made = read_json(data_path("results", "lmms.json"))
-    assert len(made["equal"]) == 8
+    drawn = [f"laid_drawn_single_{n}" for n in (1, 5, 20, 50)]
+    files = ["laid_vhs_single_20", "laid_vhs_multi_20", "laid_mmlongbench_single_8k", "laid_mmlongbench_multi_8k"]
+    assert [(r["model"], r["task"]) for r in made["equal"]] == [(m, t) for m in ("student", "distilled") for t in drawn + files]
     for row in made["equal"]:
         assert row["same_answers"] == row["same_scores"] == row["questions"] == 144 and row["lmms_eval"] == row["laid_eval"]
     logs = made["samples"]

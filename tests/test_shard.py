@@ -28,7 +28,7 @@ def start(folder, *jobs):
 def runs(tmp_path_factory):
     "Folder of all results: those of two processes, and meanwhile those of this one, four haystacks at once (one4) and one after the other (one1)."
     folder = tmp_path_factory.mktemp("shard")
-    both, failing = start(folder, "agree", "resume", "cached", "half"), start(folder, "fail")
+    both, failing = start(folder, "agree", "resume", "cached", "spoiled", "half"), start(folder, "fail")
     features = pool()
     for batch, name in ((4, "plain"), (1, "plain"), (4, "lora")):
         made = trainer(folder/"one"/name, batch, 2, features, **RUNS[name])
@@ -110,6 +110,30 @@ def test_two_processes_keep_what_the_teacher_says_once(runs, engine):
         for key, w in weights.items(): torch.testing.assert_close(kept[key], w, rtol=0, atol=1e-10 if name == "first" else 1e-6, check_dtype=False, msg=lambda m, key=key: f"{key}: {m}")
         for a, b in zip(log, same, strict=True): assert a["loss"] == pytest.approx(b["loss"], rel=1e-6)
     assert len([f for f in (runs/f"cache-{engine}"/"said").glob("*.safetensors") if f.stem != "head"]) == 4
+
+
+# --- pictures that go bad -----------------------------------------------------
+def after_spoiling(runs, name): return [(json.loads((runs/f"{name}-{i}.json").read_text()), load_file(runs/f"{name}-{i}.safetensors")) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name, step", [("spoiled-fail-0-train", 1), ("spoiled-fail-1-train", 1), ("spoiled-fail-0-test", 2)])
+def test_a_picture_that_one_process_cannot_read_ends_both_and_costs_no_step(runs, name, step):
+    "Each has pictures of its own, and the second one's are emptied after a step; read by itself, by a data reader, and to be asked about."
+    (first, weights), (second, same) = after_spoiling(runs, name)
+    assert first["step"] == second["step"] == step and "the file is empty" in second["said"] and first["said"]
+    kept = AutoModelForImageTextToText.from_pretrained(runs/name/f"checkpoint-{step}", dtype="auto").state_dict()
+    before = tiny("student").state_dict()
+    for k, w in weights.items(): assert torch.equal(w, same[k]) and torch.equal(w, kept[k]), k
+    assert any(not torch.equal(w, before[k]) for k, w in weights.items())
+
+
+@pytest.mark.parametrize("name", ["spoiled-skip-0-train", "spoiled-skip-1-train", "spoiled-skip-0-test"])
+def test_a_picture_that_one_process_cannot_read_is_skipped_and_both_go_on(runs, name):
+    (first, weights), (second, same) = after_spoiling(runs, name)
+    assert first["step"] == second["step"] == 4 and first["said"] is second["said"] is None
+    assert all(torch.equal(w, same[k]) for k, w in weights.items())
+    if name.endswith("test"): assert first["asked"] == second["asked"] == [0, 2, 4] and all("3 of 4 haystacks" in t["told"][0] and len(t["told"]) == 1 for t in (first, second))
+    elif "-0-" in name: assert not first["told"] and all("left out: cannot read image" in t for t in second["told"]) and second["told"]  # a reader's warnings stay with it
 
 
 # --- failures -----------------------------------------------------------------
