@@ -21,7 +21,7 @@ from laid_nb.store import cores, hardware, read_json, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT/"docs"/"your_pair.md", ROOT/"data"/"results"/"walk.json"
-LIMIT = 900  # seconds of a command
+LIMIT = 3600  # seconds of a command
 SHORT = "--use_cpu true --max_steps 1 --gradient_accumulation_steps 1 --max_pixels 50176"  # 64 tokens an image
 CHANGES = {  # what a command begins with -> what is put behind it, for a CPU
     "laid train": SHORT + " --lora_rank 8",
@@ -41,6 +41,7 @@ WORDS = {  # words of a command -> those that are run
 LMMS = "asks for lmms-eval, some 100 packages; run apart, see [10b](../nbs/10b_lmms.ipynb)"
 NOT_RUN = {"pip install lmms-eval": LMMS, "export LAID_DATA": LMMS, "lmms-eval": LMMS, "LAID_": LMMS, "for m in": LMMS,
            "laid lmms logs": LMMS}  # what a command begins with -> why not
+PENDING = "not reached yet: `python docs/walk.py WORK` goes on here"
 NOTE = "<!-- walk: python docs/walk.py -->\n", "<!-- walk end -->"
 TABLE = "<!-- walk table: python docs/walk.py -->\n", "<!-- walk table end -->"
 
@@ -99,8 +100,6 @@ def clear(command: str, work: Path) -> None:
 
 def run(command: str, work: Path, variables: dict) -> dict:
     "A command and what came of it."
-    why = of_start(command, NOT_RUN)
-    if why: return dict(command=command, not_run=why)
     clear(command, work)
     line, start = as_run(command), time.time()
     print(f"$ {line}", flush=True)
@@ -123,15 +122,29 @@ def walk(work: Path, again: bool, only: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     make_all(work)
     variables, wanted = environment(work), commands(PAGE.read_text(encoding="utf-8"))
-    known = {row["command"]: row for row in read_json(RESULTS)["commands"]} if RESULTS.exists() and not again else {}
+    known = known_rows() if not again else {}
     for command in wanted:
-        row = known.get(command, {})
-        if only not in command and not of_start(command, NOT_RUN): continue
-        if row.get("run", as_run(command)) != as_run(command) or row.get("exit", 0 if row.get("not_run") else 1) != 0:
+        if only in command and is_due(command, known.get(command, {})):
             known[command] = run(command, work, variables)
         made = dict(command="python docs/walk.py WORK", finished=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                     versions=versions(), hardware=hardware(), cores=cores(), stand_ins=STAND_INS)
-        write_json(RESULTS, dict(made=made, commands=[known[c] for c in wanted if c in known]))
+        write_json(RESULTS, dict(made=made, commands=[known.get(c) or left_out(c) for c in wanted]))
+
+
+def known_rows() -> dict[str, dict]:
+    "What the file has, by command."
+    return {row["command"]: row for row in read_json(RESULTS)["commands"]} if RESULTS.exists() else {}
+
+
+def is_due(command: str, row: dict) -> bool:
+    "Whether a command is to be run, again if it failed or if something else is put behind it now."
+    if of_start(command, NOT_RUN): return False
+    return (row.get("run"), row.get("exit")) != (as_run(command), 0)
+
+
+def left_out(command: str) -> dict:
+    "A command that is not run, and why."
+    return dict(command=command, not_run=of_start(command, NOT_RUN) or PENDING)
 
 
 # --- the page -------------------------------------------------------------------
@@ -142,9 +155,10 @@ def note(data: dict) -> str:
     good, rest = sum(row["exit"] == 0 for row in ran), len(rows) - len(ran)
     text = (
         f"On {made['finished'][:10]} {good} of the {len(rows)} commands of this page ran to their end, one after the "
-        f"other, on {made['cores']} CPU cores ({made['hardware']['cpu']}); {rest} were not tried in this walk; what "
-        "was changed for it stands in [the table](#what-has-been-run). The models were stand-ins: "
-        f"{'; '.join(made['stand_ins'])}. **Not run: a GPU, the published weights, the full length of a training.**")
+        f"other, on {made['cores']} CPU cores ({made['hardware']['cpu']}); {rest} have not been tried in it; what "
+        "was changed for it stands in [the table](#what-has-been-run). The models are stand-ins: "
+        f"{'; '.join(made['stand_ins'])}. Beside that: the embedded pair, and small random models of the families in "
+        "[this table](families.md), on CPUs. **Not run: a GPU, the published weights, a training of full length.**")
     return f'!!! note "What has been run"\n    {text}\n'
 
 

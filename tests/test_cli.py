@@ -31,6 +31,7 @@ from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
 from laid_nb.inputs import OURS, PROMPT_FILE, encode
+from laid_nb.limits import limit_pixels
 from laid_nb.script import number_list
 from laid_nb.spectra import distance_response
 from laid_nb.store import EMBEDDED, load_model, save_model, slug
@@ -185,6 +186,16 @@ def test_eval_with_a_training_free_baseline(option, said, pair, work, capsys):
     direct = evaluate_with(method, tuple((float if "." in v else int)(v) for v in values.split(":")), model, processor, drawn_test([3], 2), progress=False)
     np.testing.assert_allclose([r["margin"] for r in read_records("a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
     refused(capsys, work, line, "another", "method")
+
+
+def test_eval_under_pixel_limits(pair, work, capsys):
+    line = ["eval", pair/"student", "--pictures", "--sizes", "3", "--questions", "2", "--out", "a.jsonl"]
+    ok([*line, "--min_pixels", "784", "--max_pixels", "1568"])
+    model, processor = load_model(str(pair/"student"))
+    limit_pixels(processor, 784, 1568)
+    direct = evaluate(model, processor, drawn_test([3], 2), progress=False)
+    np.testing.assert_allclose([r["margin"] for r in read_records("a.jsonl")[1]], [r["margin"] for r in direct], atol=1e-4)
+    refused(capsys, work, line, "another", "model")
 
 
 def test_eval_reads_files_as_it_reads_drawings(pair, work):
