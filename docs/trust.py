@@ -30,15 +30,19 @@ def table(head: list, rows: list) -> str:
 def of_kills(kills) -> str:
     same = kills["came"].get("the same bytes", 0)
     rows = [(name, row["events"], sum(sum(c.values()) for c in row["stops"].values()), sum(c.get("the same bytes", 0) for c in row["stops"].values())) for name, row in kills["cases"].items()]
-    return (f"**{kills['stopped']:,} moments at which a run was stopped, {same:,} resumed to the same bytes.** A run is stopped at a file event or at a random moment, by a signal, a full disk or the end of a worker, goes on, and is compared with one that nobody stopped.\n\n"
+    others = ", ".join(f"{n} {came}" for came, n in kills["came"].items() if came != "the same bytes")
+    left = f" {kills['planned'] - kills['stopped']:,} more were planned: the time was up." if kills["planned"] > kills["stopped"] else ""
+    return (f"**{kills['stopped']:,} moments at which a run was stopped, {same:,} resumed to the same bytes.**{left}" + (f" The others: {others}." if others else "") + " A run is stopped at a file event or at a random moment, by a signal, a full disk or the end of a worker, goes on, and is compared with one that nobody stopped.\n\n"
             + table(["run", "file events", "stopped", "same bytes"], rows))
 
 
 def of_fuzz(fuzz) -> str:
     rows = fuzz["targets"]
     cases, failed = (sum(row[key] for row in rows.values()) for key in ("cases", "failed"))
-    text = (f"**{cases:,} hostile inputs, {failed:,} not answered as they should be.** An input is files and the arguments of a command, drawn by hypothesis or made of sound ones by changing bytes. The command must end in order or with one line that names the file, the entry or the setting, "
-            f"without a traceback, within {fuzz['seconds_allowed']} s of processor time and {fuzz['bytes_allowed']/1e9:.0f} GB.\n\n"
+    more = fuzz.get("planned", cases) - cases
+    left = f" {more:,} more are planned: the same command goes on with them." if more > len(rows) else ""
+    text = (f"**{cases:,} hostile inputs, {failed:,} not answered as they should be.**{left} An input is files and the arguments of a command, drawn by hypothesis or made of sound ones by changing bytes. The command must end in order or with one line that names the file, the entry or the setting, "
+            f"without a traceback, within {fuzz['seconds_allowed']} s of processor time or asleep and {fuzz['bytes_allowed']/1e9:.0f} GB.\n\n"
             + table(["input", "cases", "ended in order", "refused", "not as they should", "slowest, s of wall clock", "most memory, MB"],
                     [(name, f"{r['cases']:,}", f"{r['ended']:,}", f"{r['refused']:,}", r["failed"], r["slowest_s"], r["most_memory_mb"]) for name, r in rows.items()]))
     kinds = [f"- {name}: {entry['times']} × `{kind.replace('`', '')}`" for name, r in rows.items() for kind, entry in r["failures"].items()]

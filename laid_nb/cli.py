@@ -530,8 +530,11 @@ def plan(
     named = Cards(cards, card_memory or CARDS[card][0], card_tflops or CARDS[card][1])
     sample = Sample(images, *image_size, text, replies, args.per_device_train_batch_size)
     sample = limit_sample(sample, args, _read_images(student))
-    made = plan_training(own, other, args, sample, named, samples)
-    better = advise(made, own, other, args, samples)
+    try:
+        made = plan_training(own, other, args, sample, named, samples)
+        better = advise(made, own, other, args, samples)
+    except Exception as e:  # of a config that no model can be made of, the libraries raise many types
+        raise ValueError(f"{student} taught by {teacher}: {one_line(e)}") from e
     print(made.table(share))
     if better:
         print("\nwith these flags:", better.table(share), sep="\n")
@@ -570,8 +573,8 @@ def _say_plan(student: str, teacher: str, args, haystacks: list) -> None:
         sample = limit_sample(sample, args, _read_images(student))
         made = plan_training(own, other, args, sample, Cards(args.world_size, memory or 80), len(haystacks),
                              simulate=on_card)
-    except ValueError as e:
-        print(f"plan: {e}")
+    except Exception as e:  # of whatever type; a model that is broken says so itself when it is loaded
+        print(f"plan: {one_line(e)}")
         return
     need, disk = made.total/1e9, sum(made.disk.values())/1e9
     at = f"at the peak, at {made.tokens:,} tokens" if on_card else "of weights, gradients and optimiser states"

@@ -434,6 +434,8 @@ def read_answer(
     return dict(response=text, compliant=bool(named), correct=named == {question.answer})
 
 # %% ../nbs/10a_evaluate.ipynb #read
+_RECORD = dict(haystack=str, question=int, fingerprint=str, correct=bool)  # what every record has
+
 def read_records(
     path: str | Path,  # JSONL file written by `evaluate`
 ) -> tuple[dict, list[dict]]:  # header and records; a last line that was cut off is left out
@@ -448,7 +450,7 @@ def read_records(
     if not (isinstance(header, dict) and "laid_evaluation" in header):
         raise ValueError(f"{path} is not an evaluation of laid_nb: its first line does not say so")
     for number, row in enumerate(rows, 2):
-        if not (isinstance(row, dict) and {"haystack", "question", "fingerprint", "correct"} <= row.keys()):
+        if not (isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in _RECORD.items())):
             raise ValueError(f"{path} is not an evaluation of laid_nb: line {number} is no record")
         found.setdefault((str(row["haystack"]), str(row["question"])), row)
     if len(found) < len(rows):

@@ -234,22 +234,42 @@ _NOT_SCORES = ("doc_id", "target", "resps", "filtered_resps", "token_counts", "d
 def _score(value):
     "A metric of one question as a number, or None: some tasks wrap it in a dictionary with the field `score`."
     value = value.get("score") if isinstance(value, dict) else value
-    return float(value) if isinstance(value, (bool, int, float)) else None
+    if not isinstance(value, (bool, int, float)): return None
+    if not abs(value) <= 1e300: raise ValueError(f"a score is {value}")
+    return float(value)
+
+def _sample(line):
+    "(number of the question, what was asked and should be answered, {metric: score}) of a line of a log."
+    row = json.loads(line)
+    if not isinstance(row, dict) or not isinstance(row.get("doc_id"), (int, str)):
+        raise ValueError("it is no question of a log: that is { … } with a number doc_id")
+    scores = {k: _score(v) for k, v in row.items() if k not in _NOT_SCORES}
+    asked = json.dumps([row.get("input"), row.get("target")])
+    return row["doc_id"], asked, {k: v for k, v in scores.items() if v is not None}
+
+def _read_log(path):
+    "{number of the question: (asked, scores)} of a log. `ValueError` naming file and line."
+    found = {}
+    with open(path, encoding="utf-8", errors="backslashreplace") as lines:
+        for at, line in enumerate(lines, 1):
+            try:
+                number, *rest = _sample(line)
+                if number in found: raise ValueError(f"question {number} is there twice")
+            except (ValueError, RecursionError) as e:
+                raise ValueError(f"{path}, line {at}: {e}") from None
+            found[number] = tuple(rest)
+    if not found: raise ValueError(f"{path} holds no question")
+    return found
 
 def read_samples(
     folder: str | Path,  # --output_path of lmms-eval with --log_samples
 ) -> dict:  # task -> {number of the question: (what was asked and should be answered, {metric: score})}
-    "What one run of lmms-eval says of each question. ValueError for a folder without logs, or with two of one task."
+    "What one run of lmms-eval says of each question. ValueError for no logs, two of one task, or a line that is none."
     found = {}
     for path in sorted(Path(folder).rglob("*samples_*.jsonl")):
         task = _RUN.fullmatch(path.name)["task"]
         if task in found: raise ValueError(f"{folder} has two logs of {task}: give the folder of one run")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        found[task] = {}
-        for row in rows:
-            scores = {k: _score(v) for k, v in row.items() if k not in _NOT_SCORES}
-            asked = json.dumps([row.get("input"), row.get("target")])
-            found[task][row["doc_id"]] = asked, {k: v for k, v in scores.items() if v is not None}
+        found[task] = _read_log(path)
     if not found: raise ValueError(f"{folder} has no logs of lmms-eval: run it with --log_samples")
     return found
 

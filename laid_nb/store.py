@@ -17,7 +17,9 @@ import math
 import os
 import platform
 import re
+import select
 import shutil
+import signal
 import tempfile
 import time
 import warnings
@@ -222,6 +224,8 @@ def _check_declared(path) -> None:
         raise ValueError(f"its config declares {declared:,} weights, its files hold {held:,}")
 
 # %% ../nbs/06a_store.ipynb #limited
+_PATIENCE = 30  # times the processor time: how long a process that is asleep is waited for
+
 def _limited(
     work,  # () -> text
     seconds: int,  # of processor time
@@ -230,26 +234,26 @@ def _limited(
     "Do something in a forked process that cannot take more; where processes cannot fork, do it here."
     if not hasattr(os, "fork"): return work()
     import resource
-    reading, writing = os.pipe()
+    (reading, writing), too_much = os.pipe(), f"it took more than {room/1e9:.0f} GB or {seconds} s"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads: the child uses none
         pid = os.fork()
     if pid == 0:
-        said = f"it took more than {room/1e9:.0f} GB or {seconds} s"
         try:
-            has = int(Path("/proc/self/statm").read_text().split()[0])*resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (has + room,)*2)
+            has = Path("/proc/self/statm")  # Linux alone limits memory
+            pages = int(has.read_text().split()[0]) if has.exists() else 0
+            if pages: resource.setrlimit(resource.RLIMIT_AS, (pages*resource.getpagesize() + room,)*2)
             resource.setrlimit(resource.RLIMIT_CPU, (seconds,)*2)
-            said = work()
-        except (MemoryError, OSError): pass
-        finally:
-            os.write(writing, said.encode("utf-8", "replace")[:500])
+            os.write(writing, work().encode("utf-8", "replace")[:500])
             os._exit(0)
+        finally:
+            os._exit(1)  # whatever it is, there may be no memory to say it
     os.close(writing)
     with os.fdopen(reading, "rb") as stream:
+        if not select.select([stream], [], [], _PATIENCE*seconds)[0]:
+            os.kill(pid, signal.SIGKILL)  # asleep: no limit of processor time ends it
         said = stream.read().decode()
-    status = os.waitpid(pid, 0)[1]
-    return said if status == 0 else f"it took more than {room/1e9:.0f} GB or {seconds} s"
+    return said if os.waitpid(pid, 0)[1] == 0 else too_much
 
 # %% ../nbs/06a_store.ipynb #template
 _ROOM, _SECONDS = 10**9, 5  # for a chat template, beside the process

@@ -26,6 +26,7 @@ from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils.data import get_worker_info
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, TrainOutput
 
@@ -63,7 +64,7 @@ from laid_nb.guards import (
     check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
     not_finite, warn_if_swapped
 )
-from .stop import Stopped, StopRequest
+from .stop import Stopped, StopRequest, end_if_unsent
 from laid_nb.store import (
     atomic_write, lock, mend_generation, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
     weights_fingerprint, write_json
@@ -479,6 +480,7 @@ class PictureGuard:
         samples: list,  # of one micro-batch
     ) -> dict:  # a batch; only `bad_picture`, the error's text, where a bad picture is fatal or nothing else can be read
         "A batch. What is wrong is said in it and not raised: other processes must not wait for this one."
+        if get_worker_info() is not None: end_if_unsent()
         try:
             batch, self.good = self.collator(samples), samples
             return batch
@@ -786,8 +788,9 @@ def train(self: LaidTrainer, resume_from_checkpoint=None, **kwargs):
             if self.accelerator.num_processes == 1:  # of several all have saved already, or one of them cannot alone
                 self.keep_trained()
             if isinstance(e, BadPicture): raise
-            raise ChildProcessError("a process that reads pictures has ended by itself, perhaps for want of memory; go "
-                                    f"on from the last checkpoint, with fewer dataloader_num_workers: {e}") from e
+            raise ChildProcessError("a process that reads pictures has ended by itself, perhaps for want of memory "
+                                    "(its own, or shared in /dev/shm); go on from the last checkpoint, with fewer "
+                                    f"dataloader_num_workers: {e}") from e
         self.finish()
     return result
 

@@ -1,9 +1,11 @@
-"""`python tests/fuzz.py [--cases N] [--seed S] [--only TARGET …]`: hostile input for every command.
+"""`python tests/fuzz.py [--cases N] [--seed S] [--only TARGET …]`: hostile input for every command. The same call goes on where it was stopped.
 
 Each case is files in a folder of their own and the arguments of a command, drawn by hypothesis. The command runs whole, in
 this process, on a random pair of models of a few heads. It must end with 0, or with 2 and one line that names the file, the
-entry or the setting and holds no control character; without a traceback, within 20 s and 2 GB. Cases run in a forked worker;
-a worker that is too slow or too large is killed, and the next one goes on behind that case."""
+entry or the setting and holds no control character; without a traceback, within 20 s and 2 GB. A round of cases runs in a worker, a group of its own that is forked from a
+process with a single thread; one that is too slow, too large, or sleeps, is killed with all that it has started, and the
+next one goes on behind that case. Slow is processor time, and asleep is a tree of processes none of which wants a processor:
+neither depends on what else the machine does."""
 import argparse
 import base64
 import contextlib
@@ -13,6 +15,7 @@ import json
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import sys
@@ -24,12 +27,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT/"tests")]
-os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+               "JE_ARROW_MALLOC_CONF": "background_thread:false"}
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-SLOW, LARGE = 20, 2e9  # seconds of processor time, and bytes over what the worker had before, that one case may take
+SLOW, LARGE = 20, 2e9  # seconds of processor time, or asleep, and bytes over what the worker had before, that one case may take
+DEAD, ROUND = 120, 100  # seconds asleep between two cases; cases of a round
 RESULTS = ROOT/"data/results/fuzz.json"
 
 # --- what is hostile ------------------------------------------------------------
@@ -96,15 +101,8 @@ class Bench:
     "A random pair, a run that stopped, pictures and files that are well."
     def __init__(self, folder):
         self.folder, self.pictures = folder, list(pictures())
-        pid = os.fork()  # the trainings of the workers, forked as well, need a parent that has had no gradients
-        if pid == 0:
-            try:
-                os.dup2(os.open(folder/"log", os.O_WRONLY | os.O_CREAT), 2)
-                with contextlib.redirect_stdout(io.StringIO()): self.fill(folder)
-            except BaseException: traceback.print_exc()
-            finally: os._exit(0)
-        os.waitpid(pid, 0)
-        assert (folder/"whole").exists(), (folder/"log").read_text()
+        with open(folder/"log", "w") as log: done = Process(lambda: self.fill(log)).wait()  # trainings of workers, forked as well, need a parent that has had no gradients
+        assert not done and (folder/"whole").exists(), (done, (folder/"log").read_text())
 
     def eval(self, *more): return ["eval", str(self.folder/"student"), *map(str, more)]
 
@@ -114,15 +112,16 @@ class Bench:
 
     resume = "--method laid+ --gradient_accumulation_steps 1 --save_total_limit 9".split()
 
-    def fill(self, folder):
-        "Make everything."
+    def fill(self, log):
+        "Make everything, in a process of its own that says what goes wrong in a file."
         from PIL import Image
 
-        from laid_nb import cli, serve
+        from laid_nb import cli
         from laid_nb.anchors import build_processor
         from test_cli import tiny
-        processor = build_processor()
-        serve.serve = lambda *_: None
+        for number in (1, 2): os.dup2(log.fileno(), number)
+        folder, processor = self.folder, build_processor()
+        shorten()
         tiny(folder/"teacher", processor, "teacher", 3, 3)
         tiny(folder/"student", processor, "student", 2, 2)
         (folder/"images").mkdir()
@@ -346,11 +345,13 @@ def said(stderr):
 
 
 def named(message, line, folder):
-    "Whether a message names a file, a flag, a setting or a value of the case."
+    "Whether a message names a file, a flag, a setting or a value of the case, or a flag that is missing."
     message = message.lower()
+    if re.search(r"(^|\s)--[a-z]", message): return True
     words = {Path(x).name for x in line} | {x.lstrip("-") for x in line} | {p.name for p in folder.rglob("*")}
     if (folder/"a.yaml").is_file(): words |= set(re.findall(r"\w{3,}", (folder/"a.yaml").read_text(errors="replace")))
-    return any(word.lower() in message or repr(word)[1:-1].lower() in message for word in words if len(word) > 1) or any(f"{word!r}" in message or message.startswith(f"{word}: ") for word in words)
+    escaped = {repr(word)[1:-1].lower() for word in words} | {word.lower() for word in words}
+    return any(word in message if len(word) > 1 else f"'{word}'" in message or message.startswith(f"{word}: ") or message.endswith(f": {word}") for word in escaped)
 
 
 def alike(text):
@@ -394,15 +395,21 @@ def run_case(line, folder, errors):
 
 
 # --- workers --------------------------------------------------------------------------
+def shorten():
+    "Let commands end before a server, a demo of minutes and a training of hours."
+    from laid_nb import anchors, demo, explore, real, serve
+    serve.serve = demo.run_demo = anchors.make_anchors = real.run_real = lambda *_: None
+    explore.PageServer.serve_forever, explore.PageServer.wait = lambda _: None, explore.PageServer.server_close
+
+
 def work(name, cases, first_seed, bench, scratch, report, keep):
     "Run the cases of a target in this process; a line of JSON before and after each."
-    from laid_nb import anchors, cli, demo, serve
+    from laid_nb import cli
     real = cli.load_model
-    serve.serve = lambda *_: None  # what is tried ends before a server, a demo of minutes and a training of hours
-    demo.run_demo = anchors.make_anchors = lambda *_: None
+    shorten()
     cli.parser = functools.cache(cli.parser)
     loaded = functools.cache(cli.load_model)  # a model that is well is read once
-    cli.load_model = lambda name, *how: (loaded if Path(name).parent == bench.folder and not name.endswith("model") and not how else real)(name, *how)
+    cli.load_model = lambda name, *how, **more: (loaded if Path(name).parent == bench.folder and not how[1:] else real)(name, *how, **more)
     scratch.mkdir(exist_ok=True)
     errors = open(scratch/"stderr", "w+")
     os.dup2(errors.fileno(), 2)
@@ -424,14 +431,21 @@ def work(name, cases, first_seed, bench, scratch, report, keep):
         folder.mkdir(parents=True)
         os.chdir(folder)
         line = TARGETS[name][0](data.draw, folder, bench)
-        send(begun=line)
+        Path("/proc/self/clear_refs").write_text("5")  # forget the most memory so far
+        send(begun=line, held=memory("VmRSS"))
         begun = time.monotonic()
         kind, code, message = run_case(line, folder, errors)
         new = kind and kind not in kinds
         kinds.add(kind)
         if new and keep: keep_case(folder, keep/f"{name}-{len(kinds)}-{first_seed}".replace(" ", "-"))
-        send(kind=kind, code=code, message=message, seconds=round(time.monotonic() - begun, 2), files=contents(folder) if new else {})
+        send(kind=kind, code=code, message=message, held=memory("VmHWM"), seconds=round(time.monotonic() - begun, 2), files=contents(folder) if new else {})
     run()
+
+
+def memory(name, pid="self"):
+    "Bytes that a process has (VmRSS), or had at most (VmHWM); 0 of one that has ended."
+    with contextlib.suppress(OSError, TypeError): return 1024*int(re.search(rf"{name}:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1])
+    return 0
 
 
 def contents(folder, limit=3000):
@@ -450,56 +464,102 @@ def keep_case(source, target):
     shutil.copytree(source, target, symlinks=True, ignore=lambda d, names: [n for n in names if (Path(d)/n).is_fifo()])
 
 
-class Watch:
-    "A forked worker, what it says, and what it has taken."
+class Process:
+    "A process group of its own, forked from a process without threads, and how long it has been asleep."
+    def __init__(self, work):
+        threads = [Path(f"/proc/self/task/{t}/comm").read_text().strip() for t in os.listdir("/proc/self/task")]
+        assert len(threads) == 1, f"a process with the threads {threads} must not fork: locks that they hold stay held"
+        self.pid, self.times, self.since, self.status = os.fork(), 0, time.monotonic(), None
+        if self.pid: return
+        code = 1
+        try:
+            os.setpgid(0, 0)
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            work()
+            code = 0
+        except BaseException: traceback.print_exc()
+        finally: os._exit(code)
+
+    def tree(self):
+        "{process: (state, clock ticks)} of all that it has started and not yet lost."
+        found, more = {}, [self.pid]
+        while more:
+            pid = more.pop()
+            with contextlib.suppress(OSError, IndexError):
+                tasks = [Path(f"/proc/{pid}/task/{t}/stat").read_text().rpartition(")")[2].split() for t in os.listdir(f"/proc/{pid}/task")]
+                fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+                found[pid] = "".join(t[0] for t in tasks), sum(map(int, fields[11:15]))
+                for t in os.listdir(f"/proc/{pid}/task"): more += map(int, Path(f"/proc/{pid}/task/{t}/children").read_text().split())
+        return found
+
+    def taken(self):
+        "(seconds of processor time, seconds asleep, bytes of the largest process)."
+        tree, now = self.tree(), time.monotonic()
+        ticks = sum(n for _, n in tree.values())
+        if ticks != self.times or any(set("RD") & set(states) for states, _ in tree.values()): self.times, self.since = ticks, now
+        return ticks/os.sysconf("SC_CLK_TCK"), now - self.since, max((memory("VmRSS", pid) for pid in tree), default=0)
+
+    def ended(self):
+        "Whether it has; what it has started may not."
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid: self.status = status
+        return self.status is not None
+
+    def end(self):
+        "End all that is left of the group -> the status that the process itself ended with."
+        with contextlib.suppress(ProcessLookupError): os.killpg(self.pid, signal.SIGKILL)
+        if self.status is None: self.status = os.waitpid(self.pid, 0)[1]
+        return self.status
+
+    def wait(self):
+        "Until it ends or sleeps -> '' or what is wrong."
+        while not self.ended():
+            if self.taken()[1] > DEAD: return f"asleep for {DEAD} s, status {self.end()}"
+            time.sleep(.1)
+        status = self.end()
+        return status and f"status {status}"
+
+
+class Watch(Process):
+    "A worker, and what it says."
     def __init__(self, *given):
         self.reading, writing = os.pipe()
-        self.pid = os.fork()
-        if self.pid == 0:
-            os.close(self.reading)
-            try: work(*given[:5], writing, *given[5:])
-            except BaseException: os.write(writing, (json.dumps(dict(broken=traceback.format_exc())) + "\n").encode())
-            finally: os._exit(0)
+        super().__init__(lambda: self.talk(writing, *given))
         os.close(writing)
         os.set_blocking(self.reading, False)
-        self.rest, self.ended = b"", False
+        self.rest = b""
+
+    def talk(self, writing, *given):
+        os.close(self.reading)
+        try: work(*given[:5], writing, *given[5:])
+        except BaseException: os.write(writing, (json.dumps(dict(broken=traceback.format_exc())) + "\n").encode())
 
     def said(self):
-        "Lines since the last time."
+        "Lines since the last time, after at most a tenth of a second."
+        select.select([self.reading], [], [], .1)
         with contextlib.suppress(BlockingIOError):
             data = os.read(self.reading, 1 << 20)
-            self.ended, self.rest = not data, self.rest + data
+            if not data: time.sleep(.1)  # it has closed its end, and will end
+            self.rest += data
         *lines, self.rest = self.rest.split(b"\n")
         return [json.loads(line) for line in lines]
 
-    def taken(self):
-        "(seconds of processor time, bytes) of the worker and its children."
-        times, held = 0, 0
-        for pid in (self.pid, *children(self.pid)):
-            with contextlib.suppress(OSError, IndexError):
-                times += sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))/os.sysconf("SC_CLK_TCK")
-                held += int(Path(f"/proc/{pid}/statm").read_text().split()[1])*os.sysconf("SC_PAGE_SIZE") if pid == self.pid else 0
-        return times, held
-
-    def end(self, kill=False):
-        "The signal that ended it, or 0."
-        if kill: os.kill(self.pid, signal.SIGKILL)
+    def end(self):
+        status = super().end()
         os.close(self.reading)
-        status = os.waitpid(self.pid, 0)[1]
-        return 0 if kill else status
-
-
-def children(pid):
-    with contextlib.suppress(OSError): return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
-    return []
+        return status
 
 
 class Tally:
     "What came of the cases of a target."
     def __init__(self): self.found, self.cases, self.slowest, self.largest, self.failures, self.line = Counter(), 0, 0., 0, {}, []
 
-    def ended(self, said):
+    def ended(self, said, held):
+        "Count a case, in bytes over what there was before."
         self.cases += 1
+        self.largest = max(self.largest, held)
+        if held > LARGE: said |= dict(kind=said["kind"] or "memory")
         self.found["refused" if said["code"] == 2 else "done" if said["code"] == 0 else "broken"] += 1
         if said["kind"]: self.fail(said["kind"], said["message"], said["files"])
         else: self.slowest = max(self.slowest, said["seconds"])
@@ -509,59 +569,78 @@ class Tally:
         entry = self.failures.setdefault(kind, dict(times=0, line=[x[:200] for x in self.line], message=message[:300], files=made))
         entry["times"] += 1
 
-    def row(self, seed): return dict(cases=self.cases, seed=seed, ended=self.found["done"], refused=self.found["refused"], failed=self.found["failed"], slowest_s=round(self.slowest, 1), most_memory_mb=round(self.largest/1e6), failures=self.failures)
+    def row(self): return dict(rounds=1, cases=self.cases, ended=self.found["done"], refused=self.found["refused"], failed=self.found["failed"], slowest_s=round(self.slowest, 1), most_memory_mb=round(self.largest/1e6), failures=self.failures)
 
 
-def one_worker(tally, until, *given):
-    "Follow a worker until it ends, is killed or the time is up; whether there may be more to do."
-    worker, base, since, killed, before = Watch(*given), None, None, "", tally.cases
-    while not (worker.ended or killed):
-        if time.monotonic() > until:
-            worker.end(kill=True)
-            return False
-        time.sleep(.02)
+def one_worker(tally, *given):
+    "Follow a worker until it ends or is killed; whether there may be more to do."
+    worker, began, base, killed, before = Watch(*given), None, None, "", tally.cases
+    while not killed:
+        ended = worker.ended()
+        seconds, asleep, held = worker.taken()
         for said in worker.said():
             if "broken" in said: raise RuntimeError(said["broken"])
-            if "begun" in said: tally.line, since, base = said["begun"], (time.monotonic(), worker.taken()[0]), base or worker.taken()[1]
-            else:
-                since = None
-                tally.ended(said)
-        if since is None or worker.ended: continue
-        seconds, held = worker.taken()
-        tally.largest = max(tally.largest, held - base)
-        if seconds - since[1] > SLOW or time.monotonic() - since[0] > 15*SLOW: killed = "hang"
-        if held - base > LARGE: killed = "memory"
-    status = worker.end(bool(killed))
+            if "begun" in said: tally.line, began, base, worker.since = said["begun"], seconds, base or said["held"], time.monotonic()
+            else: began = tally.ended(said, said["held"] - base)
+        if ended: break
+        if began is not None and (seconds - began > SLOW or asleep > SLOW): killed = "hang"
+        if began is not None and held - base > LARGE: killed = "memory"
+        if began is None and asleep > DEAD: raise RuntimeError(f"the worker of {given[0]}, seed {given[2]}, sleeps between two cases")
+    status = worker.end()
     if killed or status:
+        if began is None and not killed: raise RuntimeError(f"the worker of {given[0]}, seed {given[2]}, ended with {status} between two cases")
         tally.cases += 1
         tally.fail(killed or f"died of signal {status}", "", contents(given[4]/"case"))
         if given[5]: keep_case(given[4]/"case", given[5]/f"{given[0]}-{killed or status}-{given[2]}".replace(" ", "-"))
     return tally.cases > before
 
 
-def watch(name, cases, first_seed, bench, scratch, keep, seconds=math.inf):
+def one_round(name, cases, first_seed, bench, scratch, keep):
     "Cases of one target, in as many workers as it takes -> what came of them."
-    tally, seed_now, until = Tally(), first_seed, time.monotonic() + seconds
-    while tally.cases < cases and one_worker(tally, until, name, cases - tally.cases, seed_now, bench, scratch, keep): seed_now += 1
-    return tally.row(first_seed)
+    tally, seed_now = Tally(), first_seed
+    while tally.cases < cases and one_worker(tally, name, cases - tally.cases, seed_now, bench, scratch, keep): seed_now += 1
+    return tally.row()
 
 
-def fuzz(cases, first_seed, only=None, keep=None, seconds=math.inf, say=print):
-    "Cases by target, shared out as `TARGETS` says -> what came of them, by target."
-    import datasets  # noqa: F401
+def both(row, more):
+    "What came of two rounds of a target."
+    failures = json.loads(json.dumps(row["failures"]))
+    for kind, entry in more["failures"].items(): failures[kind] = entry | dict(times=entry["times"] + failures[kind]["times"]) if kind in failures else entry
+    sums, most = ("rounds", "cases", "ended", "refused", "failed"), ("slowest_s", "most_memory_mb")
+    return {key: row[key] + more[key] for key in sums} | {key: max(row[key], more[key]) for key in most} | dict(failures=failures)
+
+
+def plan(cases, only):
+    "(number of the round, target, cases) of every round, all targets in turn, shared out as `TARGETS` says."
+    total, rounds = sum(TARGETS[n][1] for n in only), []
+    for name in only:
+        n = max(1, round(cases*TARGETS[name][1]/total))
+        rounds += [(i, name, min(ROUND, n - at)) for i, at in enumerate(range(0, n, ROUND))]
+    return sorted(rounds, key=lambda r: r[0])
+
+
+def fuzz(cases, first_seed, only=None, keep=None, seconds=math.inf, before=None, save=lambda rows: None, say=print):
+    "What came of every target. `before`: rows of an earlier call that is gone on with; `save`: gets the rows after each round."
+    import datasets
     import transformers
+
+    from laid_nb import cli, evaluate, train  # noqa: F401
     transformers.logging.set_verbosity_error()
-    results = {}
+    rows, until = dict(before or {}), time.monotonic() + seconds
+    rounds = [r for r in plan(cases, only or TARGETS) if r[0] >= rows.get(r[1], dict(rounds=0))["rounds"]]
     with tempfile.TemporaryDirectory() as scratch:
+        datasets.config.HF_DATASETS_CACHE = Path(scratch)/"datasets"
         (Path(scratch)/"bench").mkdir()
-        bench = Bench(Path(scratch)/"bench")
-        for name in only or TARGETS:
+        bench = Bench(Path(scratch)/"bench") if rounds else None
+        for i, name, n in rounds:
+            if time.monotonic() > until: break
             begun = time.monotonic()
-            share = TARGETS[name][1]/sum(TARGETS[n][1] for n in only or TARGETS)
-            results[name] = watch(name, max(1, round(cases*share)), first_seed, bench, Path(scratch)/"work", keep, seconds)
-            say(f"{name}: {results[name]['cases']} cases, {results[name]['failed']} failed, {time.monotonic() - begun:.0f} s", flush=True)
-            for kind, entry in results[name]["failures"].items(): say(f"   {entry['times']} × {kind} | {' '.join(entry['line'])[:160]} | {entry['message'][:200]}", flush=True)
-        return json.loads(json.dumps(results).replace(f"{scratch}/", ""))
+            row = json.loads(json.dumps(one_round(name, n, 1000*first_seed + 20*i, bench, Path(scratch)/"work", keep)).replace(f"{scratch}/", ""))
+            rows[name] = both(rows[name], row) if name in rows else row
+            save(rows)
+            say(f"{name}, round {i}: {n} cases, {row['failed']} failed, {time.monotonic() - begun:.0f} s", flush=True)
+            for kind, entry in row["failures"].items(): say(f"   {entry['times']} × {kind} | {' '.join(entry['line'])[:160]} | {entry['message'][:200]}", flush=True)
+    return rows
 
 
 def main():
@@ -569,13 +648,21 @@ def main():
     parser.add_argument("--cases", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", nargs="+", choices=list(TARGETS), help="targets (default all)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="that one target may take at most")
+    parser.add_argument("--again", nargs="+", choices=list(TARGETS), help="targets that begin anew")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no round after these")
     parser.add_argument("--keep", type=Path, help="folder that gets the files of the first failure of each kind")
     parser.add_argument("--out", type=Path, default=RESULTS, help=f"results (default {RESULTS.relative_to(ROOT)})")
     given = parser.parse_args()
-    results = fuzz(given.cases, given.seed, given.only, given.keep, given.minutes*60)
-    before = json.loads(given.out.read_text(encoding="utf-8"))["targets"] if given.only and given.out.exists() else {}
-    given.out.write_text(json.dumps(dict(seconds_allowed=SLOW, bytes_allowed=LARGE, targets=before | results), indent=1) + "\n", encoding="utf-8")
+    about = dict(seconds_allowed=SLOW, bytes_allowed=LARGE, planned=given.cases, seed=given.seed)
+    found = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
+    before = found["targets"] if all(found.get(key) == value for key, value in about.items()) else {}
+    if given.again: before = {name: row for name, row in before.items() if name not in given.again}
+
+    def save(rows):
+        atomically = given.out.with_name(f"{given.out.name}.part")
+        atomically.write_text(json.dumps(about | dict(targets={name: rows[name] for name in TARGETS if name in rows}), indent=1) + "\n", encoding="utf-8")
+        atomically.replace(given.out)
+    results = fuzz(given.cases, given.seed, given.only, given.keep, given.minutes*60, before, save)
     return int(any(r["failed"] for r in results.values()))
 
 

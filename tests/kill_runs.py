@@ -286,7 +286,7 @@ def stops(case, events, seconds, points, moments, rng):
         for at in spread(events, max(1, points//3)): yield at, how, None
     for how in SIGNALS:
         for _ in range(moments): yield 0, how, rng.uniform(0, seconds)
-    if moments and case.name != "train-workers": yield 20_000, "limit", None  # it binds shared memory too, and torch's reader processes wait for ever
+    if moments: yield 20_000, "limit", None  # it binds shared memory too
     if case.name in ("train-workers", "anchors") and moments: yield 0, "worker", None
 
 

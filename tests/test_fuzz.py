@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from laid_nb import accuracy, cli, serve
+from laid_nb.evaluate import read_records
 from laid_nb.haystack import Question, picture_haystack
 from laid_nb.script import one_line
 from laid_nb.spectra import figure_label, figure_words
@@ -110,6 +111,30 @@ def test_configs_that_declare_too_much(model, capsys, part, name, value):
     config[part][name] = value
     (model/"config.json").write_text(json.dumps(config))
     refused(capsys, ["eval", "model", "--pictures"], "model", "declares")
+
+
+def test_a_config_that_no_model_can_be_made_of_is_named_by_its_model(model, capsys):
+    config = json.loads((model/"config.json").read_text())
+    config["text_config"]["attention_dropout"], config["text_config"]["rope_parameters"]["mrope_section"] = 7., [4, {"x": 6}, 6]
+    (model/"config.json").write_text(json.dumps(config))
+    refused(capsys, ["plan", "model", "teacher"], "model taught by teacher: ")
+
+
+@pytest.mark.parametrize("text, why", [("[]", "line 1: it is no question"), ('{"doc_id": [1]}', "line 1: it is no question"), ('{"doc_id": 0}\n{"doc_id": 1, "exact_match": NaN}', "line 2: a score is nan"),
+                                       ('{"doc_id": 0}\n{"doc_id": 0}', "line 2: question 0 is there twice"), ("x\xff", "line 1: "), ("["*100_000, "line 1: "), ("", "holds no question")])
+def test_logs_that_are_broken_are_named_by_line(work, capsys, text, why):
+    for side in "ab":
+        (work/side).mkdir()
+        (work/side/"1_samples_pope.jsonl").write_bytes(text.encode("latin-1"))
+    refused(capsys, ["lmms", "a", "b"], "1_samples_pope.jsonl", why)
+
+
+@pytest.mark.parametrize("record", [{"haystack": {"x": 1}}, {"question": [0]}, {"question": True}, {"fingerprint": None}, {"correct": "yes"}])
+def test_records_that_are_none(tmp_path, record):
+    sound = {"haystack": "h", "question": 0, "fingerprint": "f", "correct": True}
+    path = tmp_path/"a.jsonl"
+    path.write_text("".join(json.dumps(x) + "\n" for x in ({"laid_evaluation": 1}, sound, sound | record)))
+    with pytest.raises(ValueError, match="a.jsonl.*line 3 is no record"): read_records(path)
 
 
 @pytest.mark.parametrize("kept", [0, 7, 100, -1])

@@ -3,6 +3,7 @@ import copy
 import json
 import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from dataclasses import replace
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.utils.data import get_worker_info
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -913,6 +915,19 @@ def test_a_picture_that_goes_bad_costs_nothing_that_was_trained(trainer, tiny, f
     trainer(student=again, data=files, method="kd", max_steps=6, num_train_epochs=3).train(resume_from_checkpoint=str(tmp_path/"run"/f"checkpoint-{step}"))
     trainer(student=whole, data=files, method="kd", max_steps=6, folder=tmp_path/"other").train()
     assert same(again, whole)
+
+
+class NoRoom(list):
+    "Haystacks whose reader process finds no room in shared memory."
+    def __getitem__(self, i):
+        if get_worker_info() is not None: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
+        return super().__getitem__(i)
+
+
+def test_full_shared_memory_is_an_error_and_no_wait(trainer, haystacks, capfd):
+    run = trainer(data=NoRoom(haystacks), method="kd", dataloader_num_workers=1)
+    with pytest.raises(ChildProcessError, match="/dev/shm.*fewer dataloader_num_workers"): run.train()
+    assert "laid: warning: a reader process cannot hand over what it has read: " in capfd.readouterr().err
 
 
 def test_a_bad_picture_is_left_out(trainer, files):
