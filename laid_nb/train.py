@@ -477,7 +477,7 @@ class PictureGuard:
     def __call__(
         self,
         samples: list,  # of one micro-batch
-    ) -> dict:  # a batch; only `bad_picture`, the error's text, where a bad picture is fatal or nothing else can be read
+    ) -> dict:  # a batch; only `bad_picture`, the error's text, where one is fatal or nothing else can be read
         "A batch. What is wrong is said in it and not raised: other processes must not wait for this one."
         try:
             batch, self.good = self.collator(samples), samples
