@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help demo inspect test bench reproduce lab docs docs-serve export clean-notebooks outputs readme wheel clean \
-        coverage fuzz check-clean check-export check-readme check-style check-notebooks check-tests check-docs check-browser check-wheel
+        coverage fuzz lock sdist mutants versions check-clean check-export check-readme check-style check-notebooks check-tests check-docs check-browser check-wheel check-sdist
 
 help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*## /\1@/p' $(MAKEFILE_LIST) | awk -F@ '{printf "  make %-16s %s\n", $$1, $$2}'
@@ -78,6 +78,14 @@ wheel: $(VENV)/.dev  ## dist/laid_nb-*.whl
 	@$(BIN)/python -m build --wheel --no-isolation > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
 	@rm -rf build
 	@ls -l dist/*.whl
+
+lock: $(VENV)/.dev  ## constraints.txt -> requirements-lock.txt, with hashes (needs uv)
+	$(BIN)/python tests/lock.py
+
+sdist: $(VENV)/.dev  ## dist/laid_nb-*.tar.gz
+	@rm -rf dist *.egg-info
+	@$(BIN)/python -m build --sdist --no-isolation > $(VENV)/build.log 2>&1 || { cat $(VENV)/build.log; exit 1; }
+	@ls -l dist/*.tar.gz
 
 # --- test ---------------------------------------------------------------------
 test: $(VENV)/.dev  ## notebooks clean and exported, README, style, notebooks run, tests, site, browser, wheel
@@ -149,6 +157,14 @@ fuzz: $(VENV)/.dev  ## hostile input for every command (an hour); ARGS="--cases 
 	$(BIN)/python tests/fuzz.py $(ARGS)
 	@$(BIN)/python docs/trust.py > /dev/null
 
+mutants: $(VENV)/.dev  ## do the tests notice when the core is wrong? (hours; goes on where it was stopped)
+	$(BIN)/python tests/mutate.py $(ARGS)
+	@$(BIN)/python docs/trust.py > /dev/null
+
+versions: $(VENV)/.dev  ## tests of the core with the lowest and the newest versions (an hour, 10 GB, needs uv)
+	$(BIN)/python tests/versions.py $(ARGS)
+	@$(BIN)/python docs/trust.py > /dev/null
+
 check-docs: $(VENV)/.dev
 	@echo "== site"
 	@$(MAKE) --no-print-directory docs
@@ -156,6 +172,10 @@ check-docs: $(VENV)/.dev
 check-wheel: wheel  ## build the wheel, install it elsewhere, use it there
 	@echo "== wheel"
 	$(BIN)/python tests/check_wheel.py dist/*.whl
+
+check-sdist: sdist  ## unpack the source archive elsewhere and run tests of it from there
+	@echo "== source archive"
+	$(BIN)/python tests/check_sdist.py dist/*.tar.gz
 
 clean:  ## remove what was built (not .venv)
 	rm -rf build dist _docs_src site *.egg-info .pytest_cache

@@ -4,6 +4,7 @@ takes until it is drawn. The target is 100 ms in the median and 200 ms in 99 of 
 Needs playwright and a Chromium."""
 import argparse
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -102,7 +103,7 @@ def main():
         browser.close()
     print(table(rows))
     if quick: return
-    write("bench_inspector", rows)
+    write("bench_inspector", rows, load=[round(x, 1) for x in os.getloadavg()])  # what else ran in 1, 5 and 15 minutes
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ FOLDS = {  # why a cell's code is folded -> what is read there
 
 PLAY_TOP = """# Play
 
-> Two views of three small models: the teacher, the student, and the student distilled from it.
+> Three small models, the teacher, the student, and the student distilled from it: where they look, what their heads do.
+> And RoPE under sliders.
 
-What you see was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own checkpoints:
-`laid inspect`."""
+What you see of the models was measured beforehand and is drawn by your browser; nothing is sent anywhere. For your own
+checkpoints: `laid inspect`."""
 
 class Refused(Exception):
     "What the reader would miss, with the place to mend it."
@@ -383,6 +384,7 @@ def home(
                 text = joined(output.get("data", {}).get("text/markdown", ""))
                 if text: cells.append(text_cell(cell["id"], text))
             continue
+        cell["source"] = re.sub(r"^\[!\[.*\n+", "", cell["source"], flags=re.M)  # badges come from another host
         if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
@@ -411,7 +413,9 @@ def placed(
 
 def play_page() -> str:  # Markdown
     "Everything that can be played with, on one page."
-    views = [shipped_view(0), shipped_view(1)]
+    from laid_nb.explore import view_of
+    from laid_nb.playground import RopePlayground
+    views = [shipped_view(0), shipped_view(1), view_of(RopePlayground())]
     parts = [f"## {v['heading']}\n\n{v['lead']}\n\n{placed(v, html.escape(v['words']))}" for v in views]
     return "\n\n".join([PLAY_TOP, *parts])
 

@@ -19,9 +19,10 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs",
          "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html",
          "glossary": "glossary.html", "play": "play.html", "inspector": "12_inspector.html#the-embedded-models",
-         "viewer": "12c_viewer.html#under-your-fingers"}
+         "viewer": "12c_viewer.html#under-your-fingers", "playground": "play.html#rope-under-sliders"}
 SHOWN = {"home": ("light", 1440), "notebook": ("light", 1440), "experiment": ("dark", 1440), "api": ("light", 1440),
-         "cli": ("dark", 390), "play": ("dark", 1440), "inspector": ("light", 1440), "viewer": ("light", 1440)}
+         "cli": ("dark", 390), "play": ("dark", 1440), "inspector": ("light", 1440), "viewer": ("light", 1440),
+         "playground": ("light", 1440)}
 ROOMS = (("light", 1440), ("dark", 1440), ("light", 390), ("dark", 390))
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

@@ -51,8 +51,9 @@ def of_guards(names) -> str:
 
 def of_mutants(mutants) -> str:
     run, killed, every = (sum(row[key] for row in mutants.values()) for key in ("run", "killed", "mutants"))
-    text = (f"**{killed:,} of {run:,} mutants killed ({killed/max(run, 1):.0%}), a seeded sample of {every:,}.** A mutant is a module of the core with one operator, constant, condition or call changed; its own tests run on it. An equivalent mutant, which computes the same, survives any test.\n\n"
-            + table(["module", "mutants", "run", "killed"], [(name, row["mutants"], row["run"], row["killed"]) for name, row in mutants.items()]))
+    same = sum("why" in s for row in mutants.values() for s in row["survivors"])
+    text = (f"**{killed:,} of {run:,} mutants killed, {same:,} more compute the same: a seeded sample of {every:,} in {len(mutants)} modules.** A mutant is a module of the core with one operator, constant, condition or call changed; of its own tests those run that run the changed line.\n\n"
+            + table(["module", "mutants", "run", "killed", "the same"], [(name, row["mutants"], row["run"], row["killed"], sum("why" in s for s in row["survivors"])) for name, row in mutants.items()]))
     left = [f"- `{name}.py:{s['line']}`, {s['kind']}: `{s['text'].replace('`', '')}`" + (f" — {s['why']}" if "why" in s else "") for name, row in mutants.items() for s in row["survivors"]]
     return text + ("\nSurvivors:\n\n" + "\n".join(left) + "\n" if left else "")
 
@@ -60,7 +61,7 @@ def of_mutants(mutants) -> str:
 def of_versions(versions) -> str:
     names = list(next(iter(versions.values()))["packages"])
     rows = [(name, *(row["packages"][name] for row in versions.values())) for name in names]
-    counts = [("tests passed", *(row["passed"] for row in versions.values())), ("tests failed", *(row["failed"] for row in versions.values()))]
+    counts = [("files of tests", *(len(row["tests"]) for row in versions.values())), ("tests passed", *(row["passed"] for row in versions.values())), ("tests failed", *(row["failed"] for row in versions.values()))]
     return ("**The core's tests with the lowest and with the newest versions that `settings.ini` allows.**\n\n"
             + table(["", *versions], [("Python", *(row["python"] for row in versions.values())), *rows, *counts]))
 

@@ -25,6 +25,7 @@ from . import __version__
 from .benchmarks import BENCHMARKS, read_haystacks
 from .haystack import SPLITS, drawn_test, drawn_training, picture_haystack
 from .checkpoint import checkpoints, start_point
+from .limits import limit_pixels
 from .overlap import data_marks, overlap, read_marks, save_marks
 from .pictures import refuse_bad_pictures
 from laid_nb.script import (
@@ -104,6 +105,9 @@ def evaluate(
     max_batch_tokens: _Count = 16_384,  # of haystacks read at once, padding included; a longer one is read alone
     dtype: Literal["auto", "float32", "float64", "bfloat16", "float16"] = "auto",  # of the weights (default the file's)
     attn_implementation: str | None = None,  # such as sdpa, eager or flash_attention_2 (default: the library's choice)
+    min_pixels: _Count | None = None,  # of an image at least (default: as saved with the model)
+    max_pixels: _Count | None = None,  # of an image at most (default: as saved with the model)
+    image_budget: _Count | None = None,  # of all images of a haystack together (default: as saved with the model)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
@@ -121,6 +125,7 @@ def evaluate(
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
     loaded, processor = load_model(model, dtype, attention=attn_implementation)
+    limit_pixels(processor, min_pixels, max_pixels, image_budget)
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
@@ -517,13 +522,14 @@ def plan(
 ):  # -> laid_nb.plan.Plan
     "What a training needs: memory on each card, disk, time, and the flags that make it fit."
     prepare_process()
-    from laid_nb.plan import CARDS, Cards, Sample, advise, plan_training
+    from laid_nb.plan import CARDS, Cards, Sample, advise, limit_sample, plan_training
     if card not in CARDS: raise ValueError(f"card {card!r} is not known: {', '.join(CARDS)}, or give --card_memory")
     args, _ = _training_settings({"use_cpu": True} | (_yaml_settings(config) if config else {}) | settings)
     other = student if teacher == "self" else teacher
     own, other = _read_config(student), None if args.method == "sft" else _read_config(other)
     named = Cards(cards, card_memory or CARDS[card][0], card_tflops or CARDS[card][1])
     sample = Sample(images, *image_size, text, replies, args.per_device_train_batch_size)
+    sample = limit_sample(sample, args, _read_images(student))
     made = plan_training(own, other, args, sample, named, samples)
     better = advise(made, own, other, args, samples)
     print(made.table(share))
@@ -540,17 +546,28 @@ def _read_config(name: str):
     except Exception as e:  # the libraries raise errors of many types
         raise ValueError(f"cannot read the config of {name!r}: {str(e).strip().splitlines()[0]}") from e
 
+# %% ../nbs/13_cli.ipynb #plan-images
+def _read_images(name: str):
+    "The image processor of a model, from its settings alone; None, said aloud, where there are none."
+    from transformers import AutoImageProcessor
+    try:
+        return AutoImageProcessor.from_pretrained(model_path(name), trust_remote_code=False)
+    except Exception as e:  # the libraries raise errors of many types
+        print(f"laid: warning: no image processor is read from {name}, so that pixels have the limits of the settings, "
+              f"or the library's: {one_line(e)[:120]}", file=sys.stderr)
+
 # %% ../nbs/13_cli.ipynb #plan-train
 def _say_plan(student: str, teacher: str, args, haystacks: list) -> None:
     "Two lines before anything is loaded: what the training needs, and where that does not fit."
     if args.process_index > 0: return
     import torch
-    from laid_nb.plan import Cards, plan_training
+    from laid_nb.plan import Cards, limit_sample, plan_training
     own, other = (_read_config(name) for name in (student, student if teacher == "self" else teacher))
     sample = _longest(haystacks, args.per_device_train_batch_size)
     on_card = torch.cuda.is_available() and not args.use_cpu
     memory = torch.cuda.get_device_properties(0).total_memory/1e9 if on_card else 0
     try:
+        sample = limit_sample(sample, args, _read_images(student))
         made = plan_training(own, other, args, sample, Cards(args.world_size, memory or 80), len(haystacks),
                              simulate=on_card)
     except ValueError as e:

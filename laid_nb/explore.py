@@ -29,10 +29,12 @@ _LEADS = dict(
     haystack=("Where each model looks", "One question about many pictures. Each picture fades with the share of "
               "attention it gets from the word that looks at the needle most; the needle is framed."),
     heads=("What its heads do with distance", "Each square is a head. Point at one to see it, click to keep it; arrow "
-           "keys work too. It opens on the head of each model that looks at the needle most."))
+           "keys work too. It opens on the head of each model that looks at the needle most."),
+    rope=("RoPE under sliders", "What theta, head_dim, sections, scaling and window leave a head to say about distance. "
+          "It is counted in your browser; point at a band to see its wave."))
 
 def view_of(
-    view,  # HaystackViewer or HeadInspector
+    view,  # HaystackViewer, HeadInspector or RopePlayground
 ) -> dict:  # heading, lead, words, state: what json can write
     "A view as it is kept for a page."
     heading, lead = _LEADS[view.view["kind"]]

@@ -147,14 +147,14 @@ class View(anywidget.AnyWidget):
 
     def html(self) -> str:
         "The view without a kernel: HTML with arrays, script, and a picture where no script runs."
-        return standalone(self.state, self.describe(), f"data:image/png;base64,{_small_picture(self.draw())}")
+        return standalone(self.state, self.describe(), f"data:image/png;base64,{small_picture(self.draw())}")
 
     def _repr_mimebundle_(self, **kwargs):
         live, notes = super()._repr_mimebundle_(**kwargs)
         return live | {"text/plain": self.describe(), "text/html": self.html()}, notes
 
 # %% ../nbs/12_inspector.ipynb #view-picture
-def _small_picture(
+def small_picture(
     figure: Figure,
 ) -> str:  # PNG in base64
     "A figure in 64 colours: a fifth of the size, and lines look the same."

@@ -35,6 +35,29 @@ def _frames(processor) -> int:
     raise ValueError(f"{type(processor).__name__} ({type(images).__name__}) has no limits in pixels: leave min_pixels, "
                      "max_pixels and image_budget out, and set the size of pictures in its preprocessor_config.json")
 
+# %% ../nbs/07bb_limits.ipynb #each-image
+def check_pixels(**limits: int | None) -> None:
+    "`ValueError` for a limit that is no number of pixels."
+    for name, value in limits.items():
+        if value is not None and value < 1: raise ValueError(f"{name} is {value}: need a number of pixels over 0")
+
+def pixels_of_each(
+    least: int,  # pixels of an image, times `frames`
+    most: int,  # likewise
+    budget: int | None = None,  # pixels of all images together; None: no budget
+    n_images: int = 1,  # that share it
+    frames: int = 1,  # how often the image processor counts a pixel
+) -> tuple[int, int]:  # least and most, times `frames`
+    "What an image may have. `ValueError` where the limits do not fit each other, or a share of the budget is too small."
+    if least > most:
+        raise ValueError(f"an image would have at least {least//frames:,} pixels (min_pixels) and at most "
+                         f"{most//frames:,} (max_pixels)")
+    share = frames*budget//n_images if budget and n_images else most
+    if share < least:
+        raise ValueError(f"{n_images} images share an image_budget of {budget:,} pixels, {share//frames:,} each, and "
+                         f"an image has at least {least//frames:,} (min_pixels): fewer images, or another limit")
+    return least, min(most, share)
+
 # %% ../nbs/07bb_limits.ipynb #limit
 def limit_pixels(
     processor,  # a transformers processor, changed in place
@@ -44,14 +67,11 @@ def limit_pixels(
 ) -> None:
     "Limit the pixels of images (ours). `ValueError` for a processor without such limits, or numbers that do not fit."
     if min_pixels is max_pixels is image_budget is None: return
-    for name, value in dict(min_pixels=min_pixels, max_pixels=max_pixels, image_budget=image_budget).items():
-        if value is not None and value < 1: raise ValueError(f"{name} is {value}: need a number of pixels over 0")
+    check_pixels(min_pixels=min_pixels, max_pixels=max_pixels, image_budget=image_budget)
     frames, images = _frames(processor), processor.image_processor
     least = min_pixels*frames if min_pixels else images.size["shortest_edge"]
     most = max_pixels*frames if max_pixels else images.size["longest_edge"]
-    if least > most:
-        raise ValueError(f"an image would have at least {least//frames:,} pixels (min_pixels) and at most "
-                         f"{most//frames:,} (max_pixels)")
+    pixels_of_each(least, most, frames=frames)
     images.size = dict(shortest_edge=least, longest_edge=most)
     if image_budget:
         images.image_budget = image_budget
@@ -64,9 +84,6 @@ def size_of_images(
     images = getattr(processor, "image_processor", None)
     budget = getattr(images, "image_budget", None)
     if not budget or not n_images: return {}
-    frames = _frames(processor)
-    least, most, share = images.size["shortest_edge"], images.size["longest_edge"], frames*budget//n_images
-    if share < least:
-        raise ValueError(f"{n_images} images share an image_budget of {budget:,} pixels, {share//frames:,} each, and "
-                         f"an image has at least {least//frames:,} (min_pixels): fewer images, or another limit")
-    return {"images_kwargs": {"size": dict(shortest_edge=least, longest_edge=min(most, share))}}
+    given = images.size["shortest_edge"], images.size["longest_edge"]
+    least, most = pixels_of_each(*given, budget, n_images, _frames(processor))
+    return {"images_kwargs": {"size": dict(shortest_edge=least, longest_edge=most)}}

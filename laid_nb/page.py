@@ -16,7 +16,7 @@ from importlib.resources import files
 import numpy as np
 
 # %% ../nbs/11a_page.ipynb #front
-SCRIPTS = ("dom.js", "plot.js", "grid.js", "heads.js", "haystack.js", "mount.js")  # each uses those above
+SCRIPTS = ("dom.js", "plot.js", "grid.js", "heads.js", "haystack.js", "rope.js", "mount.js")  # each uses those above
 
 def _web(name): return files("laid_nb").joinpath("web", name).read_text(encoding="utf-8")
 

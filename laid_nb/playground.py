@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 from transformers import Qwen2_5_VLTextConfig, Qwen2Config
 
-from .inspector import Inspector
+from .inspector import Inspector, small_picture
+from .page import standalone
 from .patch import patch
 from .rope import bin_power, plot_bands, resolved_bands, rope_series, rope_spec
 
@@ -370,3 +371,26 @@ def draw(self: RopePlayground) -> Figure:
     title += f", {self.scaling} × {self.factor:g}: trained on {self._trained:,} positions, reads {self.window:,}"
     base = _spec(None, self.theta, self.head_dim, tuple(self.sections), "none", 1., 32768)
     return plot_rope(self.spec, self.window, base, title)
+
+# %% ../nbs/12b_playground.ipynb #page
+def _presets() -> dict:  # name -> {bands: sections}, for every head_dim that there is
+    "What the presets hand out, as a page reads it."
+    low, high = _LIMITS["head_dim"]
+    return {name: {str(bands): make(bands) for bands in range(low//2, high//2 + 1, 4)} for name, make in _PRESETS.items()}
+
+@patch(as_prop=True)
+def view(self: RopePlayground) -> dict:
+    "Kind of view, and what the browser needs besides the settings."
+    return dict(kind="rope", limits={name: list(ends) for name, ends in _LIMITS.items()}, presets=_presets())
+
+@patch(as_prop=True)
+def state(self: RopePlayground) -> dict:
+    "All that a page needs: `view`, and the settings."
+    return dict(view=self.view) | self.settings
+
+@patch
+def _repr_mimebundle_(self: RopePlayground, **kwargs):
+    bundle = super(RopePlayground, self)._repr_mimebundle_(**kwargs)
+    picture = f"data:image/png;base64,{small_picture(self.draw())}"
+    return {k: v for k, v in bundle.items() if k != "image/png"} | {
+        "text/html": standalone(self.state, self.describe(), picture)}

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ROWS', 'listed_haystack', 'listed_test', 'pretrained', 'plain_model', 'load_text', 'Row', 'Real', 'made_folder',
-           'train_row', 'perplexity', 'held_out', 'light', 'measure_row', 'read_rows', 'farther', 'verdict', 'report',
-           'run_real']
+           'train_row', 'perplexity', 'held_out', 'light', 'measure_row', 'read_rows', 'farther', 'added', 'verdict',
+           'report', 'run_real']
 
 # %% ../nbs/12i_real.ipynb #imports
 import importlib.util
@@ -118,6 +118,8 @@ ROWS = {  # name -> how it is made, in this order
     "anchor": Row(items=(1, 100), steps=30, settings=dict(method="sft", **_LORA)),
     "KD + gain": Row(anchor="anchor", settings=dict(method="kd", gain=True, **_SIMULATED)),
     "SFT": Row(settings=dict(method="sft", **_SIMULATED)),
+    "KD": Row(anchor="anchor", settings=dict(method="kd", **_SIMULATED)),
+    "LAid": Row(anchor="anchor", settings=dict(method="laid", **_SIMULATED)),
     "LAid+": Row(anchor="anchor", settings=dict(method="laid+", **_SIMULATED)),
     "plain SFT": Row(settings=dict(method="sft", **_LORA)),
 }
@@ -233,6 +235,21 @@ def farther(results: Results) -> dict:  # name -> (value, low, high)
     others = [name for name in results.models if name != "student"] if long else []
     return {name: results.difference(name, "student", long) for name in others}
 
+_ADDED = {  # what one row has more than another
+    "Window simulation": ("SFT", "plain SFT"),
+    "The anchor's answers in place of labels": ("KD", "SFT"),
+    "The gain": ("KD + gain", "KD"),
+    "Eq. 7": ("LAid", "KD"),
+    "Eq. 7, spectra and attention": ("LAid+", "KD + gain")}
+
+def added(results: Results) -> dict:  # what is added -> (value, low, high, trainings of the row with fewer)
+    "As `farther`, for every two rows that differ in one thing."
+    long, there = [int(n) for n in results.sizes if n >= 50], results.models
+    pairs = {what: pair for what, pair in _ADDED.items() if long and all(name in there for name in pair)}
+    return {what: (*results.difference(*pair, long), min(there[name].trainings for name in pair))
+            for what, pair in pairs.items()}
+
+# %% ../nbs/12i_real.ipynb #verdict
 def verdict(results: Results) -> str:
     "What the table says, in a sentence."
     student = results.window("student")
@@ -243,6 +260,8 @@ def verdict(results: Results) -> str:
                         f"({results.models[name].trainings} training{'s'*(results.models[name].trainings > 1)}).")
     for name, (value, low, high) in farther(results).items():
         said.append(f"{name}: {100*value:+.0f} [{100*low:+.0f}, {100*high:+.0f}] points at 50 items and more.")
+    for what, (value, low, high, _) in added(results).items():
+        said.append(f"{what}: {100*value:+.0f} [{100*low:+.0f}, {100*high:+.0f}] points there.")
     return "\n".join(said)
 
 # %% ../nbs/12i_real.ipynb #write-report
@@ -266,7 +285,7 @@ def report(
         command=command, settings=asdict(real), rows={name: asdict(ROWS[name]) for name in results.models},
         read=read, runs={k: dict(seconds=run["seconds"], seed=run["seed"]) for k, run in runs.items()},
         trainings={name: a.trainings for name, a in results.models.items()}, models=numbers(results),
-        farther=farther(results), versions=versions(), hardware=hardware()))
+        farther=farther(results), added=added(results), versions=versions(), hardware=hardware()))
     print(f"\n{table_text(cells)}\n\n{said}\n\nPerplexity of the held-out text: "
           + ", ".join(f"{name} {r['perplexity']:.2f}" for name, r in read.items()) + f"\nwritten to {out}/")
     return results

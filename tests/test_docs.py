@@ -121,6 +121,18 @@ def test_the_front_page_shows_the_figure_first_and_of_code_what_it_shows():
     assert re.match(r'<p><div class="laid-static"><noscript><a .*<img src="figures/x.png" alt="A line"></a></noscript><script type="application/json"', last) and last.endswith("</p>\n\nHow to read it.")
     with pytest.raises(build.Refused, match="needs a picture"): build.home(notebook(text("# T")), "")
 
+def test_badges_are_for_the_readme_alone():
+    made = build.home(notebook(text("# T\n\n[![Tests](https://x.org/badge.svg)](https://x.org)\n\nWhy."), text("![A line](figures/x.png)")), "{viewer}")
+    assert "badge" not in str(made["cells"][0]) and "Why." in made["cells"][0]["source"]
+
+def test_the_readme_is_short_and_opens_on_the_finding():
+    readme = (ROOT/"README.md").read_text(encoding="utf-8")
+    assert len(readme.split()) < 900
+    places = [readme.index(mark) for mark in ("A small vision-language model", "**What was found**", "![Fifty pictures", "| teacher |", "make demo")]
+    assert places == sorted(places)
+    rows = re.findall(r"^\|(?!:--)(.+)\|$", readme[:readme.index("## Try it")], re.M)
+    assert len(rows) == 6 and len(re.search(r"```sh\n(.*?)```", readme, re.S)[1].splitlines()) == 3
+
 # --- views that answer without a kernel -------------------------------------------
 def view_output(state=None): return standalone(state or dict(view=dict(kind="heads", name="</script><b>")), "in words", f"data:image/png;base64,{PNG}")
 

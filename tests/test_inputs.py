@@ -195,6 +195,11 @@ def test_sampler_batches_equal_sizes_and_visits_each_once():
         assert sorted(order) == list(range(50)) and all(len({sizes[i] for i in order[b:b + 10]}) == 1 for b in range(0, 50, 10))
 
 
+def test_sampler_has_another_order_in_another_epoch_and_with_another_seed():
+    draw = lambda seed, epoch: tuple(SizeSampler([i % 5 for i in range(50)], 10, seed, lambda: epoch))
+    assert draw(1, 0) == draw(1, 0) and len({draw(1, 0), draw(1, 1), draw(1, 2), draw(9, 0)}) == 4
+
+
 def test_sampler_leaves_the_short_batch_for_the_end():
     order = list(SizeSampler([1]*6 + [2]*5, 3, 0, lambda: 0))
     assert sorted(order) == list(range(11)) and all(i >= 6 for i in order[-2:])

@@ -1,6 +1,7 @@
 """The package as a whole: light import, the order of the modules, the state of the notebooks."""
 import ast
 import json
+import re
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -94,3 +95,16 @@ def test_notebook_has_a_title_and_no_error(notebook):
     assert any(line.startswith("> ") for line in title)
     outputs = [output for cell in nb["cells"] for output in cell.get("outputs", [])]
     assert [output["ename"] for output in outputs if output["output_type"] == "error"] == []
+
+
+def test_the_lock_has_the_versions_of_the_constraints():
+    "And the direct requirements, with hashes; `make lock` writes it."
+    def pins(name):
+        lines = [line for line in (ROOT/name).read_text(encoding="utf-8").splitlines() if re.match(r"[\w.-]+==", line)]
+        return {re.match(r"([\w.-]+)==([^ ;]+)", line).groups() for line in lines}
+    locked, tested = pins("requirements-lock.txt"), pins("constraints.txt")
+    known = {name for name, _ in tested}
+    assert {pin for pin in locked if pin[0] in known} == {pin for pin in tested if pin[0] in {name for name, _ in locked}}
+    assert {re.match(r"[\w.-]+", need)[0] for need in settings["requirements"].split()} <= {name for name, _ in locked}
+    blocks = re.split(r"\n(?=[\w.-]+==)", (ROOT/"requirements-lock.txt").read_text(encoding="utf-8"))[1:]
+    assert len(blocks) >= len(locked) and all("--hash=sha256:" in block for block in blocks)

@@ -1,17 +1,21 @@
 "What a run needs, planned without numbers: against what PyTorch's allocator reports, and at the published shapes."
+import copy
 import gc
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from torch.profiler import ProfilerActivity, profile
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen3VLConfig
+from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig, Qwen2VLImageProcessor, Qwen3VLConfig
 
 from laid_nb.anchors import anchor_config, build_processor
+from laid_nb.cli import main
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import HaystackCollator
+from laid_nb.limits import limit_pixels, size_of_images
 from laid_nb.mixing import layer_pairs, mixings
-from laid_nb.plan import CARDS, Cards, LiveBytes, Sample, advise, plan_training
+from laid_nb.plan import CARDS, Cards, LiveBytes, Sample, advise, limit_sample, plan_training, sample_tokens
 from laid_nb.rope import rope_layers, rope_spec
 from laid_nb.train import LaidConfig, LaidTrainer
 
@@ -169,6 +173,42 @@ def test_without_a_step_only_what_stands_there_is_counted(settings, monkeypatch)
     made = plan_training(*pair, args, Sample(images=2), Cards(), simulate=False)
     assert made.bytes == {k: whole.bytes[k] for k in made.bytes} and {k.split(":")[0] for k in made.bytes} == {"student", "teacher"}
     assert (made.disk, made.flops, made.tokens) == (whole.disk, whole.flops, whole.tokens) and made.total < whole.total
+
+
+@pytest.mark.parametrize("limits", [{}, dict(max_pixels=200_000), dict(min_pixels=900_000), dict(image_budget=300_000), dict(max_pixels=90_000, image_budget=600_000)])
+def test_tokens_are_counted_under_the_limits_of_a_run(limits, settings):
+    "As the processor itself makes them, once with the limits in the settings and once saved with the processor."
+    processor, photographs = build_processor(), [Image.new("RGB", (1000, 750)) for _ in range(4)]
+    own, config = copy.deepcopy(processor.image_processor), PAIRS["3B<-7B"][0]
+    limit_pixels(processor, **limits)
+    text = "<|vision_start|><|image_pad|><|vision_end|>"*4
+    grid = processor(text=[text], images=[photographs], return_tensors="pt", **size_of_images(processor, 4))["image_grid_thw"]
+    made = int(grid.prod(1).sum())//4 + 2*4 + 40
+    sample = Sample(4, 750, 1000)
+    assert sample_tokens(config, limit_sample(sample, settings(**limits), own)) == made
+    assert sample_tokens(config, limit_sample(sample, settings(), processor.image_processor)) == made
+
+
+def test_limits_that_do_not_fit_are_refused_before_a_plan(settings):
+    for limits, said in ((dict(max_pixels=-1), "max_pixels is -1"), (dict(max_pixels=1000), "at most 1,000"), (dict(image_budget=20_000), "20 images share")):
+        with pytest.raises(ValueError, match=said): limit_sample(Sample(20), settings(**limits))
+
+
+def test_laid_plan_counts_tokens_under_limits(tmp_path, capsys):
+    "By flags, and by the image processor beside the config; where there is none, that is said."
+    config, said = PAIRS["3B<-7B"][0], {}
+    config.save_pretrained(tmp_path)
+    flags = ["plan", str(tmp_path), "self", "--images", "4", "--image_size", "3000:4000", "--method", "sft", "--lora_rank", "8"]
+    for way, more in (("the library's", []), ("flag", ["--max_pixels", "401408"])):
+        assert main([*flags, *more]) == 0
+        out = capsys.readouterr()
+        assert "no image processor is read" in out.err
+        said[way] = out.out.splitlines()[-1]
+    Qwen2VLImageProcessor(min_pixels=56*56, max_pixels=512*784).save_pretrained(tmp_path)
+    assert main(flags) == 0
+    out = capsys.readouterr()
+    assert out.err == "" and out.out.splitlines()[-1] == said["flag"] != said["the library's"]
+    assert f"at {sample_tokens(config, Sample(4, 3000, 4000, max_pixels=401408)):,} tokens" in said["flag"]
 
 
 @pytest.mark.parametrize("given, epochs, kept", [({}, 10, 3), (dict(save_total_limit=None), 10, 10), (dict(save_total_limit=4), 10, 5), ({}, 1, 1), (dict(save_strategy="no"), 10, 0)])

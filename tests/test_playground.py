@@ -179,7 +179,7 @@ def test_ranges_do_not_move(play):
 
 def test_static_picture_and_words(play):
     bundle = play._repr_mimebundle_()
-    assert "image/png" in bundle and bundle["text/plain"].startswith("RoPE with theta 100,000, head_dim 64, sections 8/12/12: ") and f"leakage {play.leakage:.1%}" in bundle["text/plain"]
+    assert "laid-fallback" in bundle["text/html"] and bundle["text/plain"].startswith("RoPE with theta 100,000, head_dim 64, sections 8/12/12: ") and f"leakage {play.leakage:.1%}" in bundle["text/plain"]
 
 def test_limits_can_be_drawn():
     for theta in _LIMITS["theta"]:

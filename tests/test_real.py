@@ -9,11 +9,13 @@ import torch
 
 from families import build
 from laid_nb import real
+from laid_nb.accuracy import Results, by_size
 from laid_nb.haystack import OBJECTS
 from laid_nb.inputs import encode, prompt_inputs
 from laid_nb.real import (
     ROWS,
     Real,
+    added,
     light,
     listed_haystack,
     listed_test,
@@ -21,6 +23,7 @@ from laid_nb.real import (
     perplexity,
     plain_model,
     pretrained,
+    read_rows,
     run_real,
     train_row,
 )
@@ -90,6 +93,18 @@ def test_rows_make_stock_checkpoints_and_a_table(ran):
     assert (out/"accuracy.png").stat().st_size > 1000 and "window" in (out/"table.md").read_text()
 
 
+def test_what_a_method_adds_is_the_difference_of_two_rows_at_long_sizes(ran):
+    _, out, _ = ran
+    right = {"SFT": (3, 1), "plain SFT": (1, 1), "KD": (2, 0)}  # of 4 questions at 50 and at 100 items
+    records = lambda counts: [dict(haystack=f"{n}", size=n, question=t, correct=t < k)
+                              for n, k in zip((50, 100), counts) for t in range(4)]
+    found = Results({name: by_size(records(k)) for name, k in (("student", (1, 1)), *right.items())}, "student")
+    value, low, high, trainings = added(found)["Window simulation"]
+    assert set(added(found)) == {"Window simulation", "The anchor's answers in place of labels"}
+    assert value == pytest.approx((2/4 + 0)/2) and low <= value <= high and trainings == 1
+    assert added(read_rows(out)) == {}  # 1 and 3 items only
+
+
 def test_a_row_changes_its_student_and_is_not_made_twice(ran):
     plan, out, _ = ran
     student, taught = (dict(load_text(out/"models"/name)[0].named_parameters()) for name in ("student-0", "self-anchored-0"))
@@ -114,7 +129,7 @@ def test_a_training_that_was_stopped_goes_on(ran, tmp_path, monkeypatch):
 def test_another_plan_or_row_is_refused(ran):
     plan, out, _ = ran
     with pytest.raises(ValueError, match="another questions"): run_real(dataclasses.replace(plan, questions=9), out, ["plain SFT"])
-    with pytest.raises(ValueError, match="no row 'LAid'"): run_real(plan, out, ["LAid"])
+    with pytest.raises(ValueError, match="no row 'LAid'"): run_real(plan, out, ["distilled"])
 
 
 def test_missing_packages_are_named(monkeypatch):

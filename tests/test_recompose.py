@@ -8,7 +8,7 @@ import torch
 
 from laid_nb.haystack import Haystack, Question, haystack_dataset, picture_haystack, row_haystack
 from laid_nb.inputs import HaystackCollator, precompute
-from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, unlabelled
+from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, is_recomposed, unlabelled
 
 
 def test_unlabelled_keeps_all_but_the_answer():
@@ -98,6 +98,16 @@ def test_recomposed_samples_depend_on_seed_epoch_and_index_alone(processor, hays
     assert all(q.answer is None for i in fresh for q in first[i].questions)
 
 
+def test_the_share_is_that_of_what_is_put_together_anew(processor, haystacks):
+    epoch = 0
+    def anew(share):
+        nonlocal epoch
+        made, fresh = Recomposed(haystacks, share, HaystackCollator(processor), 0, lambda: epoch), 0
+        for epoch in range(20): fresh += sum(is_recomposed(made[i]) for i in range(12))
+        return fresh
+    assert (anew(0), anew(1)) == (0, 240) and 30 < anew(.2) < 66  # 48 of 240, within three standard deviations
+
+
 def test_a_picture_that_was_not_seen_is_named(processor, pool):
     with pytest.raises(ValueError, match="of haystack 'train-single-2-99' is in none of the samples"):
         PieceEncoder(pool, HaystackCollator(processor))(picture_haystack(99, 2))
@@ -116,3 +126,9 @@ def test_contents_of_a_draw_stay():
     made = PicturePool([picture_haystack(i, 3 + i % 8) for i in range(40)]).haystack(3, 3, random.Random(0))
     assert [(q.anchor, q.target, q.needles) for q in made.questions] == [
         ("dog", "toothbrush", (2,)), ("dog", "truck", (2,)), ("zebra", "banana", (0,))]
+
+
+def test_a_quarter_of_the_questions_is_swapped_where_nothing_else_is_said():
+    pool = PicturePool([picture_haystack(i, 3 + i % 8) for i in range(40)])
+    drawn = lambda *swap: [pool.haystack(8, 3, random.Random(seed), *swap).questions for seed in range(20)]
+    assert drawn() == drawn(.25) and drawn(.25) != drawn(0)

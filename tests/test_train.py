@@ -205,6 +205,26 @@ def test_the_ramp_follows_the_steps(trainer, monkeypatch):
     assert seen == [0, 0, .25, .25, .5, .5, .75, .75]
 
 
+def test_every_process_and_step_draws_a_window_of_its_own(trainer, monkeypatch):
+    made = trainer(method="kd", max_gap=500, ramp=0.)
+    batch = made.data_collator(made.train_dataset[:2])
+    def drawn(process, *place):
+        monkeypatch.setattr(LaidConfig, "process_index", process)
+        made.place = place
+        return made.reading(batch)[0]
+    made.model.train()
+    first = drawn(0, 0, 0)
+    assert torch.equal(first, drawn(0, 0, 0)) and not any(torch.equal(first, drawn(*other)) for other in ((1, 0, 0), (0, 1, 0), (0, 0, 1)))
+
+
+def test_every_epoch_has_an_order_of_its_own(trainer):
+    made = trainer()
+    def order(epoch):
+        made.state.epoch = epoch
+        return list(made._get_train_sampler())
+    assert order(0.) == order(.5) and order(0.) != order(1.) and sorted(order(0.)) == sorted(order(1.))
+
+
 def test_a_generator_depends_on_its_place_only():
     draw = lambda *p: torch.rand(1, generator=step_generator(*p)).item()
     assert draw(3, 1, 4, 1) == draw(3, 1, 4, 1)
@@ -310,9 +330,10 @@ def test_saving_leaves_the_student_as_it_was(trainer, tmp_path):
 
 
 def test_gain_has_the_mixing_learning_rate(trainer):
-    made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1, lr_scheduler_type="constant", warmup_steps=0)
+    made = trainer(method="laid+", learning_rate=0., mixing_learning_rate=.1, weight_decay=.1, lr_scheduler_type="constant", warmup_steps=0)
     made.train()
     assert [(g["lr"], len(g["params"])) for g in made.optimizer.param_groups][2] == (.1, 2 + 2)  # two mixings, a gain for each layer
+    assert [g["weight_decay"] for g in made.optimizer.param_groups] == [.1, 0, 0]  # a mixture of none and a gain of 1 are no prior
     assert all((g.gain() != 1).all() for g in gains_of(made).values())
     with pytest.raises(RuntimeError, match="another LaidTrainer"): made.train()
 

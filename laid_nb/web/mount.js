@@ -1,6 +1,6 @@
 // The views on a page: as a widget of a kernel (render), or from data that stand in the page (mountAll).
 
-const VIEWS = { heads: HeadsView, haystack: HaystackView };
+const VIEWS = { heads: HeadsView, haystack: HaystackView, rope: RopeView };
 
 // A state without a kernel, with the part of anywidget's model that the views use.
 class State {

@@ -46,7 +46,7 @@ function steps(values, edges) {  // a level for each bin, on distance plus one: 
 
 const PAD = { left: 44, right: 12, top: 8, bottom: 34 };
 
-// spec: { x, y: { scale, low, high, ticks, label }, lines: [{ name, colour, points, dots }], marks: [{ x, colour, row }],
+// spec: { x, y: { scale, low, high, ticks, label }, lines: [{ name, colour, points, dots, hollow, dash, thin }], marks: [{ x, colour, row }],
 // guides: [{ x, text }], wave: [[x, y]] or null, read: x -> text, point: x -> what the pointer means, or absent }
 class Plot {
   constructor(box) {
@@ -54,6 +54,8 @@ class Plot {
     this.svg = makeSvg("svg", { class: "laid-plot", tabindex: 0, role: "img" });
     this.readout = make("div", { class: "laid-readout", "aria-live": "polite" });
     box.append(this.svg, this.readout);
+    this.measured = null;  // asked once: the page is laid out for it
+    new ResizeObserver(() => { this.measured = box.clientWidth; }).observe(box);
     this.svg.addEventListener("pointermove", event => this.pointed(event));
     this.svg.addEventListener("pointerdown", event => this.pointed(event));
     this.svg.addEventListener("pointerleave", event => {  // a finger that is lifted has pointed
@@ -65,7 +67,8 @@ class Plot {
 
   draw(spec) {
     this.spec = spec;
-    this.width = Math.max(240, this.box.clientWidth);
+    this.measured ??= this.box.clientWidth;
+    this.width = Math.max(240, this.measured);
     this.height = this.width < 420 ? 190 : 220;
     this.x = axis(spec.x, PAD.left, this.width - PAD.right);
     this.y = axis(spec.y, this.height - PAD.bottom, PAD.top);
@@ -110,12 +113,14 @@ class Plot {
       nodes.push(makeSvg("line", { x1: x.at(at), x2: x.at(at), y1: foot, y2: foot - 6, style: { stroke: colour } }));
     }
     if (spec.wave) nodes.push(makeSvg("path", { class: "laid-wave", d: path(spec.wave, x, y) }));
-    for (const { colour, points, dots, dash } of spec.lines) {
+    for (const { colour, points, dots, dash, hollow, thin } of spec.lines) {
       if (dots) {
-        for (const [a, b] of points) nodes.push(makeSvg("circle", { cx: x.at(a), cy: y.at(b), r: 2.4, style: { fill: colour } }));
+        const style = { fill: hollow ? "none" : colour, stroke: colour };
+        for (const [a, b] of points) nodes.push(makeSvg("circle", { cx: x.at(a), cy: y.at(b), r: 2.4, style }));
       } else {
         const dashed = dash ? "3 3" : null;
-        nodes.push(makeSvg("path", { class: "laid-line", d: path(points, x, y), "stroke-dasharray": dashed, style: { stroke: colour } }));
+        nodes.push(makeSvg("path", { class: "laid-line", d: path(points, x, y), "stroke-dasharray": dashed,
+          style: thin ? { stroke: colour, "stroke-width": 1 } : { stroke: colour } }));
       }
     }
     return nodes;

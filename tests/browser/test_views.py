@@ -11,7 +11,7 @@ from playwright.sync_api import expect
 from conftest import ROOT, Watched
 from laid_nb.haystack import picture_haystack
 from laid_nb.inspector import HeadInspector, HeadSpectra
-from laid_nb.page import page_html
+from laid_nb.page import fragment, page_html
 from laid_nb.store import data_path
 from laid_nb.viewer import HaystackViewer, ImageAttention
 
@@ -23,7 +23,7 @@ def shown(browser, tmp_path):
     "Open a page of views from a file; what went wrong on it fails the test."
     pages = []
     def show(*views, policy=True):
-        text = page_html(BAD, [(BAD, BAD, re.search(r'<div class="laid-static">.*?</script></div>', view.html(), re.S)[0]) for view in views])
+        text = page_html(BAD, [(BAD, BAD, fragment(view.state, view.describe())) for view in views])
         if not policy: text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
         (tmp_path/"page.html").write_text(text, encoding="utf-8")
         pages.append(Watched(browser, None))
@@ -119,3 +119,56 @@ def test_the_benchmark_runs():
     "Its figures are not tested."
     done = subprocess.run([sys.executable, ROOT/"benchmarks/inspector.py", "--quick"], capture_output=True, text=True)
     assert done.returncode == 0 and "median ms" in done.stdout, done.stderr
+
+
+ROPES = [dict(), dict(theta=1e4, head_dim=64, sections=[], window=511), dict(sections=[22, 21, 21], scaling="linear", window=1000),
+         dict(head_dim=64, sections=[8, 12, 12], scaling="dynamic", factor=3., window=777),
+         dict(theta=1e5, scaling="yarn", factor=8., window=4096), dict(head_dim=8, sections=[], scaling="yarn", factor=32., window=16)]
+
+
+@pytest.mark.parametrize("settings", ROPES)
+def test_rope_is_counted_as_python_does(browser, settings):
+    "Frequencies, amplitude, power by octave, the series and the words of the page against those of transformers and torch."
+    from laid_nb.page import front_end
+    from laid_nb.playground import RopePlayground, _power_by_octave
+    from laid_nb.rope import resolved_bands, rope_series
+    play = RopePlayground(**settings)
+    page = browser.new_page()
+    script = front_end()[0] + "; const n = ropeNumbers(s); return {...n, words: ropeWords(s, n), series: ds.map(d => meanCosine(n.rates, d))};"
+    distances = [0, 1, 7, 100, 5000]
+    found = page.evaluate(f"([s, ds]) => {{ {script} }}", [play.settings, distances])
+    page.close()
+    rates = play.spec.inv_freq.double()
+    torch.testing.assert_close(torch.tensor(found["rates"], dtype=torch.float64), rates, rtol=2e-6, atol=0)
+    assert found["amplitude"] == pytest.approx(play.spec.scaling, abs=1e-6) and found["turning"] == resolved_bands(rates, play.window).tolist()
+    for key, shares in zip(("on", "off"), _power_by_octave(play.spec, play.window)):
+        torch.testing.assert_close(torch.tensor(found[key], dtype=torch.float64), shares, rtol=1e-4, atol=1e-7)
+    series = rope_series(rates, torch.tensor(distances))/len(rates)
+    torch.testing.assert_close(torch.tensor(found["series"], dtype=torch.float64), series, rtol=0, atol=1e-3)
+    assert found["words"] == play.describe()
+
+
+def test_the_playground_answers_without_a_kernel(shown):
+    "Sliders by key and touch, presets that follow head_dim, scaling, a band whose wave is drawn over the series; a phone."
+    from laid_nb.playground import RopePlayground
+    play = RopePlayground()
+    page = shown(play)
+    said, sliders = page.locator(".laid-said"), page.locator("input[type=range]")
+    assert said.inner_text() == play.describe()
+    sliders.nth(1).focus()
+    for _ in range(8): page.keyboard.press("ArrowLeft")  # head_dim 64
+    play.show(head_dim=64, sections=[8, 12, 12])
+    expect(said).to_have_text(play.describe())
+    assert sliders.nth(3).is_disabled()
+    page.locator("select").nth(1).select_option(label="YaRN")
+    page.locator("select").first.select_option(label="thirds")
+    play.show(scaling="yarn", sections=[12, 10, 10])
+    expect(said).to_have_text(play.describe())
+    assert sliders.nth(3).is_enabled() and "multiplied by 1.30" in page.locator(".laid-panel").first.inner_text()
+    bands = page.locator(".laid-plot").nth(1)
+    bands.hover()
+    expect(page.locator(".laid-wave")).to_have_count(1)
+    assert re.search(r"band \d+: a turn in [\d.,e]+ positions", page.locator(".laid-readout").nth(1).inner_text())
+    page.set_viewport_size(dict(width=390, height=844))
+    page.wait_for_timeout(100)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= 390
