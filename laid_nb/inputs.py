@@ -331,7 +331,8 @@ def _run_processor(processor, text, haystack, size) -> dict:
         ids = made["input_ids"][0].tolist()
         offsets = torch.arange(len(ids) + 1).unfold(0, 2, 1)[None]  # spans of tokens, not of characters
         spans = found_spans(processor, ids, pictures, **size_of_images(processor, len(pictures)))
-    else: spans = _spans(processor, family, text, haystack, replaced)
+    else:
+        spans = _spans(processor, family, text, haystack, replaced)
     return made | {"image": _owners(offsets, spans)}
 
 # %% ../nbs/07c_inputs.ipynb #encode-tensors
@@ -608,11 +609,12 @@ def _check_stand_in(model, sample, seen, name):
     try:
         whole, apart = (_read_last(model, x, role).float() for x in (sample, seen))
         same = (whole - apart).norm() <= .05*whole.norm()
+    except torch.OutOfMemoryError: raise
     except (RuntimeError, TypeError): same = False
     model.train(training)
     if same: return
-    raise ValueError(f"{type(model).__name__} does more with image tokens than put features in their place: they cannot "
-                     "be precomputed")
+    raise ValueError(f"{type(model).__name__} does more with image tokens than put features in their place: they "
+                     "cannot be precomputed")
 
 def _seen(samples, models):
     "Each sample with features in place of pixels."
