@@ -95,5 +95,7 @@ def compare(made: Path, logs: Path):
 
 if __name__ == "__main__":
     command, *folders = sys.argv[1:]
-    if command == "tasks": print(",".join(TASKS))
-    else: {"files": write_files, "compare": compare}[command](*map(Path, folders))
+    if command == "tasks":
+        print(",".join(TASKS))
+    else:
+        {"files": write_files, "compare": compare}[command](*map(Path, folders))

@@ -55,9 +55,16 @@ def _check_source(data, pictures) -> None:
     if bool(data) == pictures:
         raise ValueError("which haystacks? give either --data FILE --image_root FOLDER, or --pictures")
 
-def _columns(image_column, question_column, answer_column, choices_column, data_split) -> dict:
-    "Flags that name columns, by their names."
-    return dict(locals())
+def _read_or_drawn(data, pictures, read, draw) -> list:  # of Haystack
+    "Haystacks of files, or drawn ones. `ValueError` unless one of them is asked for."
+    _check_source(data, pictures)
+    return read(data) if data else draw()
+
+_COLUMNS = ("image_column", "question_column", "answer_column", "choices_column", "data_split")  # flags
+
+def _reader(image_root, benchmark, *columns):  # -> function of files
+    "What reads haystacks from files; `columns`: values of `_COLUMNS`."
+    return functools.partial(read_haystacks, image_root=image_root, benchmark=benchmark, **dict(zip(_COLUMNS, columns)))
 
 def _seen(
     model: str,  # a folder, or a name
@@ -117,15 +124,12 @@ def evaluate(
 ):  # -> laid_nb.accuracy.Results
     "Accuracy of a model by haystack size."
     ways = _given(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
-    _check_source(data, pictures)
-    columns = _columns(image_column, question_column, answer_column, choices_column, data_split)
-    def read(files): return read_haystacks(files, image_root, benchmark, **columns)
-    haystacks = read(data) if data else drawn_test(sizes, questions, seed, split, kind)
+    read = _reader(image_root, benchmark, image_column, question_column, answer_column, choices_column, data_split)
+    haystacks = _read_or_drawn(data, pictures, read, lambda: drawn_test(sizes, questions, seed, split, kind))
     _check_evaluation(ways, plot, vhs, haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
-    loaded, processor = load_model(model, dtype, attention=attn_implementation)
-    limit_pixels(processor, min_pixels, max_pixels, image_budget)
+    loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
     before = _prompt(model, processor, prompt, benchmark if data else None, first)
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
                  max_batch_tokens=max_batch_tokens, together=True, progress=first)
@@ -172,6 +176,12 @@ def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
         ask_all = functools.partial(evaluate_with, method, values)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     return ask_all(model, processor, haystacks, out, **asked)
+
+def _load_limited(model: str, dtype: str, attention: str | None, limits: tuple):  # -> (model, processor)
+    "A model, and its processor with these limits on pixels."
+    loaded, processor = load_model(model, dtype, attention=attention)
+    limit_pixels(processor, *limits)
+    return loaded, processor
 
 # %% ../nbs/13_cli.ipynb #eval-report
 def _report(model, records, haystacks, seen, processor, out, vhs, plot, first):
@@ -388,8 +398,7 @@ def train(
     out = Path(args.output_dir)
     if (out/"model").exists(): raise ValueError(f"{out/'model'} exists: choose another --output_dir")
     begin = start_point(out, _checkpoint(args.resume_from_checkpoint), args.overwrite_output_dir, args.world_size)
-    names = image_column, question_column, answer_column, choices_column, data_split
-    def read(files): return read_haystacks(files, image_root, benchmark, **_columns(*names))
+    read = _reader(image_root, benchmark, image_column, question_column, answer_column, choices_column, data_split)
     stacks = read(data) if data else drawn_training(sizes, haystacks, args.seed, kind)
     tests = _validation_set(stacks, read, eval_data, eval_sizes, eval_questions, kind)
     refuse_bad_pictures(stacks + tests)
@@ -485,14 +494,14 @@ def check(*args, **kwargs):
     call = signature(train).bind(*args, **kwargs)
     call.apply_defaults()
     given = call.arguments
-    settings, columns = given["settings"], {name: given[name] for name in signature(_columns).parameters}
+    settings = given["settings"]
     _check_source(given["data"], given["pictures"])
     prepare_process()
     from laid_nb.check import run_checks
     args, simulation = _training_settings((_yaml_settings(given["config"]) if given["config"] else {}) | settings)
     if args.world_size > 1: raise ValueError("laid check runs in one process: start it without torchrun or accelerate")
     data, benchmark, kind, prompt = (given[name] for name in ("data", "benchmark", "kind", "prompt"))
-    def read(files): return read_haystacks(files, given["image_root"], benchmark, **columns)
+    read = _reader(given["image_root"], benchmark, *(given[name] for name in _COLUMNS))
     stacks = read(data) if data else drawn_training(given["sizes"], given["haystacks"], args.seed, kind)
     tests = _validation_set(stacks, read, *(given[f"eval_{name}"] for name in ("data", "sizes", "questions")), kind)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt

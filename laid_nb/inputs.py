@@ -610,7 +610,8 @@ def _check_stand_in(model, sample, seen, name):
         whole, apart = (_read_last(model, x, role).float() for x in (sample, seen))
         same = (whole - apart).norm() <= .05*whole.norm()
     except torch.OutOfMemoryError: raise
-    except (RuntimeError, TypeError): same = False
+    except (RuntimeError, TypeError):
+        same = False
     model.train(training)
     if same: return
     raise ValueError(f"{type(model).__name__} does more with image tokens than put features in their place: they "

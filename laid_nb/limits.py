@@ -48,7 +48,7 @@ def pixels_of_each(
     n_images: int = 1,  # that share it
     frames: int = 1,  # how often the image processor counts a pixel
 ) -> tuple[int, int]:  # least and most, times `frames`
-    "What an image may have. `ValueError` where the limits do not fit each other, or a share of the budget is too small."
+    "What an image may have. `ValueError` where the limits do not fit each other, or its share of the budget is small."
     if least > most:
         raise ValueError(f"an image would have at least {least//frames:,} pixels (min_pixels) and at most "
                          f"{most//frames:,} (max_pixels)")

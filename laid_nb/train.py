@@ -42,9 +42,7 @@ from laid_nb.inputs import (
     read_positions, save_prompt, to_model
 )
 from .limits import limit_pixels
-from laid_nb.losses import (
-    ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
-)
+from .losses import ITEMS, METHODS, TERMS, Evidence, check_same_tokens, count_items, supervised_rows, total_loss
 from .mixing import FORMS
 from .pair import PairCollator, PairReading, read_pair
 from .parts import PARTS, GainPart, LoraPart, StreamPart, check_parts, make_parts
@@ -478,9 +476,10 @@ class PictureGuard:
     def __call__(
         self,
         samples: list,  # of one micro-batch
-    ) -> dict:  # a batch; only `bad_picture`, the error's text, where a bad picture is fatal or nothing else can be read
+    ) -> dict:  # a batch; only `bad_picture`, the error's text, where one is fatal or nothing else can be read
         "A batch. What is wrong is said in it and not raised: other processes must not wait for this one."
-        if get_worker_info() is not None: end_if_unsent()
+        if get_worker_info() is not None:
+            end_if_unsent()
         try:
             batch, self.good = self.collator(samples), samples
             return batch
