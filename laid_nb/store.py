@@ -242,7 +242,8 @@ def _limited(
         try:
             has = Path("/proc/self/statm")  # Linux alone limits memory
             pages = int(has.read_text().split()[0]) if has.exists() else 0
-            if pages: resource.setrlimit(resource.RLIMIT_AS, (pages*resource.getpagesize() + room,)*2)
+            if pages:
+                resource.setrlimit(resource.RLIMIT_AS, (pages*resource.getpagesize() + room,)*2)
             resource.setrlimit(resource.RLIMIT_CPU, (seconds,)*2)
             os.write(writing, work().encode("utf-8", "replace")[:500])
             os._exit(0)
