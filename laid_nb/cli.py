@@ -130,9 +130,8 @@ def evaluate(
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
     loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
-    before = _prompt(model, processor, prompt, benchmark if data else None, first)
-    asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, prompt=before,
-                 max_batch_tokens=max_batch_tokens, together=True, progress=first)
+    asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, progress=first,
+                 prompt=_prompt(model, processor, prompt, data and benchmark, first), max_batch_tokens=max_batch_tokens)
     records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
     results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
     return _into_card(results, model, data, kind, split, ways, seen) if first else results
@@ -175,7 +174,7 @@ def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return ask_all(model, processor, haystacks, out, **asked)
+    return ask_all(model, processor, haystacks, out, together=True, **asked)
 
 def _load_limited(model: str, dtype: str, attention: str | None, limits: tuple):  # -> (model, processor)
     "A model, and its processor with these limits on pixels."

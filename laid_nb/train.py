@@ -26,7 +26,6 @@ from accelerate.utils import load_fsdp_optimizer, save_fsdp_optimizer
 from huggingface_hub import HfApi
 from safetensors.torch import save_file
 from torch import nn
-from torch.utils.data import get_worker_info
 from transformers import HfArgumentParser, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer import SCHEDULER_NAME, TRAINER_STATE_NAME, TRAINING_ARGS_NAME, TrainOutput
 
@@ -57,6 +56,8 @@ from laid_nb.shard import (
 from .simulate import WindowSimulation, asked_rows, thinned_factors
 
 # %% ../nbs/09b_train.ipynb #imports-keeping
+from torch.utils.data import get_worker_info
+
 from .gain import warn_of_lost
 from laid_nb.guards import (
     check_apart, check_gradients, check_learns, check_mask, check_padding, check_precision, check_shares, check_still,
