@@ -26,7 +26,6 @@ from laid_nb.haystack import Haystack, drawn_test, drawn_training
 from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
 from laid_nb.parts import StreamPart
 from laid_nb.recompose import unlabelled
-from laid_nb.store import STUDENTS as OTHER_STUDENTS
 from laid_nb.store import (
     atomic_write,
     cores,
@@ -48,7 +47,7 @@ WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, rec
 SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
-STUDENTS = ("student", *OTHER_STUDENTS)  # with one vision tower
+STUDENTS = ("student", "near")  # with one vision tower
 USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 

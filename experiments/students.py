@@ -1,4 +1,4 @@
-"""Three students that fail differently, under one teacher: what each method does to each of them, and what Eq. 7 adds:
+"""Students that fail differently, under one teacher: what each method does to each of them, and what Eq. 7 adds:
 data/results/students.json
 
   python experiments/students.py            # goes on where it was stopped; finds the trainings of self_anchor.py

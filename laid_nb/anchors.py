@@ -91,7 +91,6 @@ SIZES = {
     "student": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2,
                     num_key_value_heads=1)}
 SIZES["near"] = SIZES["student"]  # taught on 1-20 images without gaps between their positions
-SIZES["small"] = SIZES["student"] | dict(intermediate_size=128, num_hidden_layers=2)
 PAIR = ("teacher", "student")  # a vision tower is trained for each; the other students take the student's
 
 def anchor_config(
@@ -696,13 +695,11 @@ def _train_language(
             with atomic_write(path) as part:
                 torch.save(saved, part)
 
-# %% ../nbs/08_anchors.ipynb #make
-_LIKE_TEACHER = dict(steps=2600, longest=150, rate=1.2e-3, tokens=2700)
+# %% ../nbs/08_anchors.ipynb #plan
 _TRAINING = {
-    "teacher": _LIKE_TEACHER,
+    "teacher": dict(steps=2600, longest=150, rate=1.2e-3, tokens=2700),
     "student": dict(steps=4200, longest=5, rate=1.6e-3, tokens=3600, guided=4/7, decay=1.5),
-    "near": dict(steps=2600, longest=20, rate=1.2e-3, tokens=2700, max_position=0),
-    "small": _LIKE_TEACHER}
+    "near": dict(steps=2600, longest=20, rate=1.2e-3, tokens=2700, max_position=0)}
 
 def _take_towers(
     namer: Namer,  # changed in place
@@ -714,6 +711,7 @@ def _take_towers(
         start = "visual."
         tower.load_state_dict({k.removeprefix(start): v for k, v in saved.items() if k.startswith(start)})
 
+# %% ../nbs/08_anchors.ipynb #make
 def _save_anchor(
     model: Qwen2_5_VLForConditionalGeneration,
     processor,  # of `build_processor`
@@ -728,13 +726,17 @@ def _save_anchor(
 def make_anchors(
     folder: Path,  # drawings, embeddings, checkpoints and logs; a second call goes on where the first was stopped
     out: Path,  # each model is saved to a folder of its name
-    models: tuple[str, ...] = PAIR,  # of `SIZES`
+    models: list[str] | None = None,  # of `SIZES`; None: all
     towers: Path | None = None,  # a pair whose vision towers are taken; None: they are trained
 ) -> None:
-    "Train models from pixels and save them. The pair takes about two hours on 2 cores. Ours. `ValueError` for a folder in use."
+    """Train models from pixels and save them, in about three hours on 2 cores. Ours.
+
+    ValueError for a folder in use, or a model that is not known."""
     torch.manual_seed(0)
+    models = list(SIZES) if models is None else models
     folder, out, processor = Path(folder), Path(out), build_processor()
     for name in models:
+        if name not in SIZES: raise ValueError(f"no embedded model {name!r}: one of {', '.join(SIZES)}")
         if (out/name).exists() and not (folder/f"{name}.pt").exists():
             raise ValueError(f"{out/name} exists, and was not trained in {folder}: choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -102,3 +102,18 @@ def test_codes_are_orthogonal(processor):
     for name in ("teacher", "student"):
         gram = namer.codes(name) @ namer.codes(name).T
         torch.testing.assert_close(gram, torch.eye(len(OBJECTS) + 1)*gram[0, 0], atol=1e-3, rtol=0)
+
+
+def test_near_is_a_student_of_another_training(pair):
+    near = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "near"))
+    theirs, here = pair["student"].state_dict(), near.state_dict()
+    assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in theirs.items()}
+    same = {k for k in here if torch.equal(here[k], theirs[k])}
+    assert {k for k in here if "visual." in k} <= same and not any("proj.weight" in k for k in same if "visual." not in k)
+
+
+def test_gaps_may_be_none(processor):
+    conversations = Conversations(processor.tokenizer, max_position=0)
+    rng = np.random.default_rng(0)
+    batch = conversations.batch(rng, 4, 2, False) if hasattr(conversations, "batch") else None
+    assert batch is None
