@@ -29,11 +29,11 @@ from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
+from laid_nb.explore import SHIPPED
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
 from laid_nb.inputs import OURS, PROMPT_FILE, encode
 from laid_nb.script import number_list
 from laid_nb.spectra import distance_response
-from laid_nb.explore import SHIPPED
 from laid_nb.store import load_model, save_model, slug
 from laid_nb.vhs import VHS_PROMPT, export_vhs
 
