@@ -10,8 +10,10 @@ import time
 from functools import partial
 
 import training_free
+import why
 from ablation import RATES
 from analysis import groups, results_of, summary
+from asking import prompts
 from common import (
     QUESTIONS,
     RESULTS,
@@ -23,6 +25,7 @@ from common import (
     answers,
     do_all,
     finished,
+    load,
     pictures,
     spent,
     tests,
@@ -60,6 +63,13 @@ def measured(student: str, rows: dict[str, list[Run]], how: dict) -> dict:
     return models | {name: [answers(run, **how) for run in some] for name, some in rows.items()}
 
 
+def ending(student: str, questions: int) -> dict:
+    "What ends a student's window: its fall from few to many images, taken apart into positions and count."
+    model, processor = load(student)
+    haystacks = tests((why.MANY,), questions, "test", 5)
+    return why.summary(why.measure(model, processor, prompts(model, processor, haystacks, {})))["parts"]
+
+
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)
@@ -73,7 +83,9 @@ def main(quick: bool = False, done: bool = False):
     places = groups(tests(**how))
     write("students_quick" if quick else "students", dict(
         training_seconds=spent(trainings), steps=steps, haystacks=haystacks, seeds=seeds, thin=THIN,
+        ends={student: ending(student, 12 if quick else 240) for student in STUDENTS},
         settings={name: some[0].settings for name, some in blocks["student"].items()},
+        trainings={student: {name: len(some) for name, some in rows.items()} for student, rows in blocks.items()},
         summary={student: summary(results_of(found, places)) for student, found in models.items()}, models=models,
         questions=questions_of(tests(**how))), start)
 
