@@ -47,6 +47,8 @@ WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, rec
 SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
+STUDENTS = ("student", "near")  # with one vision tower
+USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 
 
@@ -87,10 +89,11 @@ class Run:
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
     kind: str = "single"  # "single" or "multi" needle
     anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen
+    student: str = "student"  # who learns: one of STUDENTS
 
     @property
     def id(self) -> str:
-        what = {k: v for k, v in asdict(self).items() if k != "name" and (k, v) != ("anchor", "teacher")}
+        what = {k: v for k, v in asdict(self).items() if k != "name" and (k, v) not in USUAL}
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         return f"{slug(self.settings['method'])}-{digest[:8]}"
 
@@ -115,6 +118,12 @@ def pair() -> dict:
     device = prepare_process()
     (teacher, _), (student, processor) = load_model("teacher"), load_model("student")
     return dict(teacher=teacher.to(device), student=student.to(device), processor=processor, device=device)
+
+
+@functools.lru_cache(len(STUDENTS))
+def frozen(name: str):
+    "A student as it is, on the device."
+    return pair()["student"] if name == "student" else load_model(name)[0].to(pair()["device"])
 
 
 @functools.lru_cache(2)
@@ -169,9 +178,9 @@ def train(
 ) -> Path:  # folder of the student
     "Train, unless that has been done."
     if run.folder.exists(): return run.folder
-    student, _ = load_model("student", torch.float32)
+    student, _ = load_model(run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
-    anchor = pair()[run.anchor]
+    anchor = frozen(run.student) if run.anchor == "student" else pair()["teacher"]
     trained = quiet_training(student, processor, pool_of(run), anchor, trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
         save_model(student, processor, part)
@@ -199,11 +208,11 @@ def spent(runs: list[Run]) -> int:
 
 
 def load(
-    name,  # "teacher", "student", a Run, a folder, or a row of reproduce.json: its first training
+    name,  # "teacher", one of STUDENTS, a Run, a folder, or a row of reproduce.json: its first training
 ):  # -> (model, processor)
     if isinstance(name, Run):
         name = name.folder
-    elif name not in ("teacher", "student") and not Path(name).is_dir():
+    elif name not in ("teacher", *STUDENTS) and not Path(name).is_dir():
         rows = read_json(RESULTS/"reproduce.json")["runs"]
         if name not in rows: raise ValueError(f"no such model: {name}; give a folder, or one of {', '.join(rows)}")
         name = WORK/"models"/rows[name][0]
@@ -242,7 +251,7 @@ def pictures(
 
 
 def answers(
-    name,  # "teacher", "student" or a Run
+    name,  # "teacher", one of STUDENTS or a Run
     sizes: tuple = SIZES, questions: int = QUESTIONS, split: str = "test", seed: int = 1,  # of `tests`
     ask_with=None,  # (label, function of (model, processor, haystacks, path) -> records): another way of asking
 ) -> dict[int, str]:  # size -> a 1 for each right answer, a 0 for each wrong one

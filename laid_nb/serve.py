@@ -18,7 +18,7 @@ from .store import data_path
 
 # %% ../nbs/12hb_serve.ipynb #inspect-read
 def shipped_heads(
-    name: str,  # one of EMBEDDED
+    name: str,  # one of SHIPPED
 ) -> list[Path]:  # files of HeadSpectra, by size
     "What ships of an embedded model."
     return [data_path("spectra", f"heads-{name}-{n}.safetensors") for n in READ["sizes"]]

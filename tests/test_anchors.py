@@ -73,6 +73,16 @@ def test_gaps_stay_in_range(processor):
         assert positions.max() < 400 and (positions[0].diff(dim=1) >= 0).all()
 
 
+def test_without_room_there_are_no_gaps(processor):
+    longest = {room: 0 for room in (0, 400)}
+    for room in longest:
+        conversations = Conversations(processor.tokenizer, max_position=room)
+        for seed in range(5):
+            *_, positions, _, _ = conversations.batch(np.random.default_rng(seed), 5, 2, n_questions=3)
+            longest[room] = max(longest[room], int(positions[0].diff(dim=1).max()))
+    assert longest[0] == 2 < longest[400]  # from the last row of an image to its end
+
+
 def test_patchify_is_the_image_processor(processor):
     haystack = picture_haystack(0, 3)
     images = [haystack.image(i) for i in range(3)]
@@ -102,3 +112,11 @@ def test_codes_are_orthogonal(processor):
     for name in ("teacher", "student"):
         gram = namer.codes(name) @ namer.codes(name).T
         torch.testing.assert_close(gram, torch.eye(len(OBJECTS) + 1)*gram[0, 0], atol=1e-3, rtol=0)
+
+
+def test_near_is_a_student_of_another_training(pair):
+    near = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "near"))
+    theirs, here = pair["student"].state_dict(), near.state_dict()
+    assert {k: v.shape for k, v in here.items()} == {k: v.shape for k, v in theirs.items()}
+    same = {k for k in here if torch.equal(here[k], theirs[k])}
+    assert {k for k in here if "visual." in k} <= same and not any("proj.weight" in k for k in same if "visual." not in k)

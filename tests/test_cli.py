@@ -29,12 +29,13 @@ from laid_nb.anchors import anchor_config
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate, read_records
+from laid_nb.explore import SHIPPED
 from laid_nb.haystack import Scene, drawn_test, picture_haystack
 from laid_nb.inputs import OURS, PROMPT_FILE, encode
 from laid_nb.limits import limit_pixels
 from laid_nb.script import number_list
 from laid_nb.spectra import distance_response
-from laid_nb.store import EMBEDDED, load_model, save_model, slug
+from laid_nb.store import load_model, save_model, slug
 from laid_nb.vhs import VHS_PROMPT, export_vhs
 
 
@@ -123,9 +124,9 @@ def test_a_signal_says_how_to_go_on(monkeypatch, capsys):
 def test_anchors_is_called_with_both_folders(monkeypatch, work):
     from laid_nb import anchors
     called = []
-    monkeypatch.setattr(anchors, "make_anchors", lambda folder, out: called.append((str(folder), str(out))), raising=False)
-    ok(["anchors", "--out", "pair", "--folder", "drafts"])
-    assert called == [("drafts", "pair")]
+    monkeypatch.setattr(anchors, "make_anchors", lambda folder, out, models, towers: called.append((str(folder), str(out), models, towers)))
+    ok(["anchors", "--out", "pair", "--folder", "drafts", "--models", "near", "--towers", "made"])
+    assert called == [("drafts", "pair", ["near"], "made")]
 
 
 # --- parts ---------------------------------------------------------------------
@@ -480,7 +481,7 @@ def test_inspect_reads_a_model_once(pair, work, shown, monkeypatch):
 def test_inspect_opens_the_embedded_models_without_reading(work, shown, monkeypatch):
     monkeypatch.setattr(explore, "load_model", None)
     ok(["inspect"])
-    assert [[m["name"] for m in view["models"]] for view in views(shown[0]) if view["kind"] == "heads"] == [list(EMBEDDED)]
+    assert [[m["name"] for m in view["models"]] for view in views(shown[0]) if view["kind"] == "heads"] == [list(SHIPPED)]
     assert Path("laid-inspect/open.html").stat().st_mode & 0o077 == 0 and "token=" in Path("laid-inspect/open.html").read_text()
 
 
@@ -495,7 +496,7 @@ def test_inspect_in_jupyterlab(work, monkeypatch):
     ok(["inspect", "--lab"])
     notebook = nbformat.read("laid-inspect/inspect.ipynb", 4)
     nbformat.validate(notebook)
-    assert all(str(path) in notebook.cells[1].source for name in EMBEDDED for path in serve.shipped_heads(name)) and calls[0][2:] == (True,)
+    assert all(str(path) in notebook.cells[1].source for name in SHIPPED for path in serve.shipped_heads(name)) and calls[0][2:] == (True,)
     monkeypatch.setattr(cli.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="JupyterLab is not installed: pip install"): cli.inspect(lab=True)
 

@@ -11,10 +11,19 @@ import pytest
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from laid_nb import explore
-from laid_nb.explore import KnownModels, PageServer, drawn_stacks, given_stacks, kept_views, shipped_views, view_of
+from laid_nb.explore import (
+    SHIPPED,
+    KnownModels,
+    PageServer,
+    drawn_stacks,
+    given_stacks,
+    kept_views,
+    shipped_views,
+    view_of,
+)
 from laid_nb.haystack import picture_haystack
 from laid_nb.inspector import HeadInspector, HeadSpectra
-from laid_nb.store import EMBEDDED, data_path
+from laid_nb.store import data_path
 from laid_nb.viewer import HaystackViewer, ImageAttention
 
 
@@ -28,8 +37,8 @@ def differences(a, b, path=""):
 
 def test_what_ships_is_what_the_shipped_readings_show():
     stacks = [picture_haystack(2, 20, 6, "val"), picture_haystack(4, 50, 6, "val")]
-    looks = [ImageAttention.load(data_path("spectra", f"viewer-{name}-{len(h.images)}.safetensors")) for h in stacks for name in EMBEDDED]
-    heads = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in EMBEDDED for n in (5, 20, 50)]
+    looks = [ImageAttention.load(data_path("spectra", f"viewer-{name}-{len(h.images)}.safetensors")) for h in stacks for name in SHIPPED]
+    heads = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in SHIPPED for n in (5, 20, 50)]
     made = json.loads(json.dumps([view_of(HaystackViewer(stacks, looks)), view_of(HeadInspector(heads))]))
     assert differences(made, shipped_views()) == []
 
@@ -83,7 +92,7 @@ def test_the_same_weights_written_anew_are_the_same(mine, tmp_path):
 def test_models_whose_words_differ_get_viewers_of_their_own(tmp_path):
     stack = picture_haystack(4, 50, 6, "val")
     files = {}
-    for name in EMBEDDED:
+    for name in SHIPPED:
         read = ImageAttention.load(data_path("spectra", f"viewer-{name}-50.safetensors"))
         if name == "teacher": read = replace(read, words=tuple((first, *rest[:-1], rest[-1] + " ") for first, *rest in read.words))
         read.save(tmp_path/f"{name}.safetensors")
