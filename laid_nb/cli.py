@@ -34,7 +34,7 @@ from laid_nb.script import (
 )
 from .stop import stop_requests
 from laid_nb.store import (
-    EMBEDDED, atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
+    atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
     remove_on_failure, write_json
 )
 
@@ -684,15 +684,15 @@ def inspect(
     browser: bool = True,  # only say where it is
 ):
     "Where models look and what their heads do with distance, on a page in a browser."
-    from laid_nb.explore import READ, PageServer, drawn_stacks, given_stacks, short_names, show_models
-    names = list(models or EMBEDDED)
+    from laid_nb.explore import READ, SHIPPED, PageServer, drawn_stacks, given_stacks, short_names, show_models
+    names = list(models or SHIPPED)
     for name in names:
         model_path(name)
     names = dict(zip(names, short_names(names)))
     found = read_haystacks(data, image_root, benchmark) if data else None
     stacks, asked = given_stacks(found, haystacks) if data else drawn_stacks(sizes, haystacks, seed)
     as_shipped = not data and READ == dict(sizes=list(sizes), haystacks=haystacks, seed=seed)
-    stacks = None if as_shipped and tuple(names) == EMBEDDED else stacks
+    stacks = None if as_shipped and tuple(names) == SHIPPED else stacks
     if lab: return _inspect_in_lab(names, stacks, memory, Path(out), port, browser)
     server = PageServer(port)
     print(server.url, flush=True)
@@ -705,13 +705,15 @@ def inspect(
 # %% ../nbs/13_cli.ipynb #anchors
 @command
 def anchors(
-    out: str = "anchors",  # gets teacher/ and student/
+    out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
+    models: list[str] | None = None,  # teacher, student, near (default all three)
+    towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
 ):
-    "Train the embedded teacher and student again, from pixels."
+    "Train the embedded models again, from pixels."
     prepare_process()
     from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out))
+    make_anchors(Path(folder), Path(out), models, towers)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms

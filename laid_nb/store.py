@@ -315,10 +315,10 @@ def how_to_install(
     return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
 
 # %% ../nbs/06a_store.ipynb #load
-EMBEDDED = ("teacher", "student", "distilled")  # models that ship with the package
+EMBEDDED = ("teacher", "student", "distilled", "near")  # models that ship with the package
 
 def model_path(
-    name: str,  # folder, hub name, "teacher", "student" or "distilled"
+    name: str,  # folder, hub name, or one of EMBEDDED
 ) -> str:  # folder or hub name
     "Where a model is. `ValueError` for a file, `FileNotFoundError` for a path that is no folder."
     if name in EMBEDDED: return str(data_path("anchors", name))
