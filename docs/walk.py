@@ -22,9 +22,12 @@ from laid_nb.store import cores, hardware, read_json, versions, write_json
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, RESULTS = ROOT/"docs"/"your_pair.md", ROOT/"data"/"results"/"walk.json"
 LIMIT = 3600  # seconds of a command
-SHORT = "--use_cpu true --max_steps 1 --gradient_accumulation_steps 1 --max_pixels 50176"  # 64 tokens an image
+STEP = "--use_cpu true --max_steps 1 --gradient_accumulation_steps 1"
+SHORT = STEP + " --max_pixels 50176"  # 64 tokens an image
 CHANGES = {  # what a command begins with -> what is put behind it, for a CPU
     "laid train": SHORT + " --lora_rank 8",
+    "laid train --student Qwen/Qwen2.5-VL-3B-Instruct --teacher OpenGVLab":  # whose processor has no limits in pixels
+        STEP + " --lora_rank 8",
     "laid train --student Qwen/Qwen2.5-VL-3B-Instruct --teacher Qwen/Qwen2.5-VL-7B-Instruct":
         SHORT + " --save_strategy no",
     "laid train --config": SHORT,

@@ -129,7 +129,7 @@ def test_a_training_that_was_stopped_goes_on(ran, tmp_path, monkeypatch):
 def test_another_plan_or_row_is_refused(ran):
     plan, out, _ = ran
     with pytest.raises(ValueError, match="another questions"): run_real(dataclasses.replace(plan, questions=9), out, ["plain SFT"])
-    with pytest.raises(ValueError, match="no row 'LAid'"): run_real(plan, out, ["distilled"])
+    with pytest.raises(ValueError, match="no row 'distilled'"): run_real(plan, out, ["distilled"])
 
 
 def test_missing_packages_are_named(monkeypatch):
