@@ -15,7 +15,7 @@ from laid_nb import capture, check, cli, inputs, losses, parts, train
 from laid_nb.accuracy import Results, count
 from laid_nb.align import build_mixing
 from laid_nb.benchmarks import read_haystacks
-from laid_nb.check import CHECKS, Case, run_checks
+from laid_nb.check import CHECKS, Case, NotTried, run_checks
 from laid_nb.gain import fold_gain, rope_gains
 from laid_nb.haystack import Haystack, Passage, Question, picture_haystack
 from laid_nb.inputs import FAMILIES, HaystackCollator, encode, precompute, prompt_inputs, question_ids
@@ -148,7 +148,11 @@ def test_models_that_share_a_weight(trainer, tiny):
 def test_processors_that_differ(case, processor):
     other = copy.deepcopy(processor)
     other.image_processor.image_mean = [.5]*3
-    with refused(ValueError, "image_mean"): look(case(teacher_processor=other), "processors")
+    said = look(case(teacher_processor=other), "processors")
+    assert "image_mean" in said and "compared: kl on" in said  # each is given what its own processor makes
+    other.image_processor.size = {"shortest_edge": 56*56, "longest_edge": 28*28*4}
+    with refused(ValueError, "lambda_laid=0"): look(case(method="laid", teacher_processor=other), "processors")
+    with refused(NotTried, "other tokens"): look(case(method="kd", teacher_processor=other), "pair")
 
 
 def test_features_of_the_student_for_a_teacher(trainer, tiny, haystacks, processor):
