@@ -125,7 +125,7 @@ def walk(work: Path, again: bool, only: str) -> None:
     work.mkdir(parents=True, exist_ok=True)
     make_all(work)
     variables, wanted = environment(work), commands(PAGE.read_text(encoding="utf-8"))
-    known = known_rows() if not again else {}
+    known = {name: row for name, row in known_rows().items() if not again or only and only not in name}
     for command in wanted:
         if only in command and is_due(command, known.get(command, {})):
             known[command] = run(command, work, variables)
@@ -157,8 +157,8 @@ def note(data: dict) -> str:
     ran = [row for row in rows if "exit" in row]
     good, rest = sum(row["exit"] == 0 for row in ran), len(rows) - len(ran)
     text = (
-        f"On {made['finished'][:10]} {good} of the {len(rows)} commands of this page ran to their end, one after the "
-        f"other, on {made['cores']} CPU cores ({made['hardware']['cpu']}); {rest} have not been tried in it; what "
+        f"On {made['finished'][:10]} {good} of the {len(rows)} commands of this page ran to their end "
+        f"on {made['cores']} CPU cores ({made['hardware']['cpu']}); {rest} have not been tried in it; what "
         "was changed for it stands in [the table](#what-has-been-run). The models are stand-ins: "
         f"{'; '.join(made['stand_ins'])}. Beside that: the embedded pair, and small random models of the families in "
         "[this table](families.md), on CPUs. **Not run: a GPU, the published weights, a training of full length.**")
