@@ -1,6 +1,6 @@
 """What ends the window of a real student: haystacks of text whose number of items and positions are set apart, sharper
-logits, and where each head looks. Reads the models that `laid real` made; writes data/results/real.json. What was read
-is kept in the folder's `why`, and not read again.
+logits, where each head looks, and what the inspector shows of them. Reads the models that `laid real` made; writes
+data/results/real.json and data/spectra/heads-real-*. What was read is kept in the folder's `why`, and not read again.
 
   laid real --out laid-real --seeds 0
   python experiments/real.py laid-real
@@ -19,11 +19,13 @@ from common import log, write
 from laid_nb.accuracy import Answers, interval, redraws
 from laid_nb.capture import Cache, capture
 from laid_nb.inputs import prompt_inputs, question_ids
+from laid_nb.inspector import read_heads
 from laid_nb.real import ROWS, light, listed_test, load_text, made_folder
-from laid_nb.store import read_json, write_json
+from laid_nb.store import data_path, read_json, write_json
 
 SIZES = (20, 50, 100)
 SHARPER = (1.25, 1.5)
+INSPECTED = ("student", "self-anchored")
 
 
 class Prompt(NamedTuple):
@@ -154,6 +156,15 @@ def of_model(folder: Path, asked: int, sharper: tuple) -> dict:
     return found
 
 
+def keep_heads(folder: Path):
+    "What the inspector shows of two models' heads on haystacks of many items, in data/spectra, unless it is there."
+    many = SIZES[-1]
+    for name in INSPECTED:
+        path = data_path("spectra")/f"heads-real-{name}-{many}.safetensors"
+        if not path.exists():
+            read_heads(*load_text(made_folder(folder, name, 0)), listed_test((many,), 24, seed=5), name).save(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="that `laid real` has filled")
@@ -169,6 +180,7 @@ def main():
         models[name] = read_json(kept)
         models[name]["parts"] = share_of(models[name]["cells"])
         log(f"{name}: {models[name]['parts']} ({time.time() - start:.0f} s)")
+    keep_heads(args.folder)
     results = read_json(args.folder/"results.json")
     write("real", dict(laid_real=results, seed=5, sizes=SIZES, questions=args.questions, why=models), start)
 
