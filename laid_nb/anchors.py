@@ -507,6 +507,8 @@ def _start_layer(
     layer.mlp.down_proj.weight /= (2*config.num_hidden_layers)**.5
 
 # %% ../nbs/08_anchors.ipynb #model
+def _tower_of(name): return name if name in PAIR else "student"
+
 def anchor_model(
     name: str,  # one of `SIZES`
     tokenizer,  # of `build_processor`
@@ -514,7 +516,7 @@ def anchor_model(
 ) -> Qwen2_5_VLForConditionalGeneration:
     "A new language model around the trained vision tower. Ours."
     model = Qwen2_5_VLForConditionalGeneration(anchor_config(name, tokenizer))
-    tower = name if name in namer.towers else "student"
+    tower = _tower_of(name)
     model.model.visual.load_state_dict(namer.towers[tower].state_dict())
     _start_words(model, tokenizer, namer.codes(tower))
     for layer in model.model.language_model.layers:
@@ -748,6 +750,6 @@ def make_anchors(
             _train_vision(namer, processor, folder)
         pictures = _embed_pool(namer, processor, folder)
         for name in models:
-            model, shown = anchor_model(name, processor.tokenizer, namer), name if name in PAIR else "student"
-            _train_language(name, model, processor.tokenizer, pictures[shown], folder, **_TRAINING[name])
+            model, shown = anchor_model(name, processor.tokenizer, namer), pictures[_tower_of(name)]
+            _train_language(name, model, processor.tokenizer, shown, folder, **_TRAINING[name])
             _save_anchor(model.eval(), processor, out/name)
