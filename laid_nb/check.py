@@ -194,7 +194,7 @@ CHECKS["tokens"] = Check("token counts are within the context of both models", _
 def _processors(case: Case) -> str:
     if case.teacher is None: return "no teacher"
     if case.teacher_processor is None: return "the teacher's was not given: it is taken to read as the student's"
-    alike = read_pair(case.processor, case.teacher_processor)
+    alike = case.made["alike"] = read_pair(case.processor, case.teacher_processor)
     compared = alike.compared(case.args.weights, case.args.by_dimension)
     if alike.kind == "same": return "both make the same of the same pictures and words"
     return f"{alike}; compared: {compared}"
@@ -365,8 +365,7 @@ def put_back(self: Case) -> None:
 
 # %% ../nbs/10e_check.ipynb #attention-check
 def _pair(case: Case) -> str:
-    both = case.processor, case.teacher_processor
-    if case.teacher is not None and both[1] is not None and not read_pair(*both).same_tokens:
+    if "alike" in case.made and not case.made["alike"].same_tokens:
         raise NotTried("the two read other tokens: the trial below reads both by one processor, so it is left out")
     trainer = case.trainer
     parts = "; ".join(part.describe() for part in trainer.parts)

@@ -152,7 +152,9 @@ def test_processors_that_differ(case, processor):
     assert "image_mean" in said and "compared: kl on" in said  # each is given what its own processor makes
     other.image_processor.size = {"shortest_edge": 56*56, "longest_edge": 28*28*4}
     with refused(ValueError, "lambda_laid=0"): look(case(method="laid", teacher_processor=other), "processors")
-    with refused(NotTried, "other tokens"): look(case(method="kd", teacher_processor=other), "pair")
+    told = case(method="kd", teacher_processor=other)
+    assert "compared: kl" in look(told, "processors")
+    with refused(NotTried, "other tokens"): look(told, "pair")
 
 
 def test_features_of_the_student_for_a_teacher(trainer, tiny, haystacks, processor):
