@@ -372,6 +372,8 @@ def headed(
     top = re.compile(r"\A(# .+\n(?:\s*\n)?(?:>.*\n?)*)")
     first["source"] = top.sub(lambda found: f"{found[1].rstrip()}\n\n{line}\n\n", first["source"] + "\n")
 
+PICTURE = r"^!\[([^\]]+)\]\(([^)]+)\)\n*(?:\*[^*\n]+\*\n*)?"  # and its caption, which the view has no need of
+
 def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
@@ -385,7 +387,7 @@ def home(
                 if text: cells.append(text_cell(cell["id"], text))
             continue
         cell["source"] = re.sub(r"^\[!\[.*\n+", "", cell["source"], flags=re.M)  # badges come from another host
-        if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
+        if not figure and (found := re.search(PICTURE, cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
             shown = hero.replace("{viewer}", placed(only_haystack(shipped_view(0), 50), figure))
