@@ -451,7 +451,7 @@ def navigation(
     nav.insert(1, {"Play": [{"Try it here": "play.md"},
                             *({f"{found[0]} {titles[p]}": p.as_posix()} for p, found in played.items())]})
     nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
-    nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
+    nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in reference.helpers_last(modules))]})
     if "glossary.md" in pages: nav.append({"Glossary": "glossary.md"})
     placed = json.dumps(nav)
     lost = [p.as_posix() for p in titles if f'"{p.as_posix()}"' not in placed]
@@ -615,12 +615,13 @@ def maths_as_text(
 MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\w$])\$([^$\n]+?)\$(?![\w$])", re.S)
 
 def on_post_build(config):
-    "mkdocs calls this at the end: formulas of the search index become text."
+    "mkdocs calls this at the end: formulas of the search index become text, and code, two thirds of it, is left out."
     file = Path(config["site_dir"])/"search"/"search_index.json"
     index = read(file)
     def said(found): return html.escape(maths_as_text(next(filter(None, found.groups()))), False)
     for entry in index["docs"]:
-        entry |= {key: MATHS.sub(said, entry[key]) for key in ("title", "text")}
+        prose = {key: re.sub(r"<pre.*?</pre>", "", entry[key], flags=re.S) for key in ("title", "text")}
+        entry |= {key: MATHS.sub(said, text) for key, text in prose.items()}
     file.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 def entries(nav):  # (title, page) of all levels
