@@ -22,6 +22,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .accuracy import Results, by_size, numbers, plot_accuracy, table_cells, table_markdown, table_text
 from .evaluate import evaluate, read_records
 from .haystack import OBJECTS, SPLITS, Haystack, Passage, Question, Scene, as_many, single_contents
+from .inputs import precompute_prompts
 from .sighted import sighted
 from .simulate import WindowSimulation
 from laid_nb.store import (
@@ -242,6 +243,7 @@ def measure_row(
     name: str,  # in `ROWS`, or "pretrained"
     out: Path,  # folder of the results; a row that was stopped goes on there
     seed: int,
+    seen: dict,  # test pictures as the tower sees them, which is frozen: the first row that looks fills it
 ) -> None:
     "Ask a model all test questions, and let it read the held-out text."
     path = Path(out)/"records"/f"{made_folder(out, name, seed).name}.jsonl"
@@ -252,8 +254,10 @@ def measure_row(
     model = model.to(prepare_process())
     read = perplexity(model, tokenizer_of(tokenizer), held_out())
     if name != "pretrained":
-        asked = listed_test(real.sizes, real.questions, pictures=real.pictures)
-        evaluate(light(model), tokenizer, asked, path, name, batch=12)
+        model, asked = light(model), listed_test(real.sizes, real.questions, pictures=real.pictures)
+        if real.pictures and not seen:
+            seen |= precompute_prompts(model, tokenizer, asked)
+        evaluate(model, tokenizer, asked, path, name, batch=12, features=seen)
     write_json(kept, dict(perplexity=read, seconds=round(time.time() - start)))
 
 # %% ../nbs/12i_real.ipynb #report
@@ -359,10 +363,11 @@ def run_real(
     prepare_process()
     out = Path(out)
     _claim(out, asdict(real))
-    measure_row(real, "pretrained", out, 0)
+    seen = {}
+    measure_row(real, "pretrained", out, 0, seen)
     for seed in seeds:
         for name in _with_those_needed(rows):
             print(f"{name}, seed {seed}", flush=True)
             train_row(real, name, out, 0 if name in ("student", "anchor") else seed)
-            measure_row(real, name, out, seed)
+            measure_row(real, name, out, seed, seen)
     return report(real, out, seeds, command)
