@@ -707,13 +707,13 @@ def inspect(
 def anchors(
     out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
-    models: list[str] | None = None,  # teacher, student, near (default all three)
+    models: list[str] | None = None,  # teacher, student, near, small (default all)
     towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
 ):
     "Train the embedded models again, from pixels."
-    prepare_process()
+    device = prepare_process()
     from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out), models, towers)
+    make_anchors(Path(folder), Path(out), models, towers, device)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms
