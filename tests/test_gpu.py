@@ -120,6 +120,7 @@ def test_answers(tiny, processor, haystacks, note):
 def test_a_training_in_float64_is_that_of_the_cpu(tmp_path, note, run):
     "All terms, gain, projections: losses, norms of gradients, weights."
     from safetensors.torch import load_file
+
     from shard_worker import RUNS, keep, pool, trainer
     features, found = pool(), []
     for name in ("cpu", DEVICE):
@@ -182,8 +183,9 @@ def test_a_run_goes_on_from_a_checkpoint(train, tmp_path, note):
 
 
 def test_the_student_is_saved_as_a_stock_model(train, tmp_path, pool, note):
-    from laid_nb.inputs import HaystackCollator, image_inputs
     from transformers import AutoModelForImageTextToText
+
+    from laid_nb.inputs import image_inputs
     made = train(method="laid+")
     made.save_student(tmp_path/"student")
     stock = AutoModelForImageTextToText.from_pretrained(tmp_path/"student").to(DEVICE).eval()
@@ -194,6 +196,7 @@ def test_the_student_is_saved_as_a_stock_model(train, tmp_path, pool, note):
 
 def test_fsdp_and_a_sharded_teacher_in_one_process(tmp_path, note):
     from safetensors.torch import load_file
+
     from shard_worker import keep, trainer
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1", __file__, "fsdp", str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(HERE.parent), str(HERE), *sys.path])}
@@ -222,12 +225,13 @@ def fsdp(folder):
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
 @pytest.mark.parametrize("method", ["kd", "laid"])
 def test_the_plan_against_the_allocator(processor, tmp_path, note, method, checkpointing):
+    from transformers import AutoModelForImageTextToText
+
     from laid_nb.haystack import picture_haystack
     from laid_nb.inputs import HaystackCollator
     from laid_nb.plan import Cards, Sample, plan_training
     from laid_nb.train import LaidConfig, LaidTrainer
     from test_plan import cut_down
-    from transformers import AutoModelForImageTextToText
     images, side, wide = (4, 112, 1) if CPU else (32, 224, 4)
     configs = cut_down(processor.tokenizer, 256*wide, 4, 2*wide, 700*wide), cut_down(processor.tokenizer, 384*wide, 5, 3*wide, 1000*wide)
     collator, data = HaystackCollator(processor, turns=2, size=side), [picture_haystack(i, images, 2, "train") for i in range(2)]
@@ -256,7 +260,18 @@ def test_the_plan_against_the_allocator(processor, tmp_path, note, method, check
 # --- the embedded models ------------------------------------------------------
 def test_the_embedded_models_are_trained_alike(processor, tmp_path, note):
     import numpy as np
-    from laid_nb.anchors import CONTENTS, PAIR, Namer, _content_labels, _train_language, _vision_loss, anchor_config, anchor_model, patchify
+
+    from laid_nb.anchors import (
+        CONTENTS,
+        PAIR,
+        Namer,
+        _content_labels,
+        _train_language,
+        _vision_loss,
+        anchor_config,
+        anchor_model,
+        patchify,
+    )
     torch.manual_seed(0)
     namer = Namer({name: anchor_config(name, processor.tokenizer) for name in PAIR})
     patches = patchify(np.random.default_rng(0).integers(0, 255, (4, 56, 56, 3)).astype(np.uint8), [.5]*3, [.5]*3)
