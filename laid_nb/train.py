@@ -1138,7 +1138,9 @@ def restore(
             part.load_state(folder)
         own = full_state(self.model)
         if own:
-            saved = self.kind.from_pretrained(folder, dtype="auto", use_safetensors=True).state_dict()
+            read = self.kind.from_pretrained(folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+            saved, lacking = read[0].state_dict(), sorted(read[1]["missing_keys"])
+            if lacking: raise ValueError(f"{folder} lacks {len(lacking)} weights, such as {lacking[0]}")
             for part in self.parts:
                 saved = part.unstock(folder, saved, own)
         load_full_state(self.model, saved, strict=not self.args.lora_rank)
