@@ -95,6 +95,13 @@ def test_tables_that_would_end_the_process(work, capsys, name, data, why):
     refused(capsys, ["eval", "student", "--data", name, "--image_root", ".", "--benchmark", "table"], name, why)
 
 
+@pytest.mark.parametrize("right", [True, 3, "0.png", {"x": 1}])
+def test_needles_that_are_no_list(work, capsys, right):
+    (work/"0.png").write_bytes(b"")
+    (work/"a.jsonl").write_text(json.dumps({"question": "For the image with the dog, is there a cat?", "answer": "Yes", "ctxs": ["0.png"], "positive_ctxs": right}))
+    refused(capsys, ["eval", "student", "--data", "a.jsonl", "--image_root", ".", "--benchmark", "mmlongbench"], "a.jsonl, entry 0", "'positive_ctxs'")
+
+
 def test_letters_without_choices(work, capsys):
     (work/"0.png").write_bytes(data_path("objects").joinpath(next(iter(sorted(p.name for p in data_path("objects").glob("*.png"))))).read_bytes())
     (work/"a.json").write_text(json.dumps([{"images": ["0.png"], "question": "?", "choices": [], "answer": "B"}]))
