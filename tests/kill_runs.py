@@ -311,6 +311,22 @@ def stops(case, events, seconds, points, moments, rng):
     if case.name in ("train-workers", "anchors") and moments: yield 0, "worker", None
 
 
+def both(found, more):
+    "What came of two calls."
+    cases = {name: dict(row, stops=dict(row["stops"])) for name, row in found["cases"].items()}
+    for name, row in more["cases"].items():
+        there = cases.setdefault(name, row | {"stops": {}})["stops"]
+        for way, counts in row["stops"].items(): there[way] = dict(Counter(there.get(way, {})) + Counter(counts))
+    return {key: found[key] + more[key] for key in ("commands", "planned", "minutes", "wrong")} | dict(cases=cases)
+
+
+def summed(found):
+    "What came of all cases, with its sums."
+    ways = [(way, Counter(counts)) for row in found["cases"].values() for way, counts in row["stops"].items()]
+    came = sum((counts for _, counts in ways), Counter())
+    return found | dict(stopped=came.total(), came=dict(came.most_common()), moments=sum(counts.total() for way, counts in ways if way.endswith("random moment")))
+
+
 def main(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="three stops each of one training and of eval")
@@ -320,6 +336,7 @@ def main(argv=None):
     p.add_argument("--minutes", type=float, default=600., help="begin no stop after these")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="JSON file of what came of it")
+    p.add_argument("--add", action="store_true", help="to what that file holds already; take another seed")
     args = p.parse_args(argv)
     rng, began, names = random.Random(args.seed), time.monotonic(), set(args.only.split(",")) - {""}
     if args.quick: args.points, args.moments, names = 2, 0, names or {"train-laid", "eval"}
@@ -351,10 +368,11 @@ def main(argv=None):
                 print(came, about, flush=True)
             elif n % 25 == 0: print(f"{n} of {len(plans)}", flush=True)
     finally: shutil.rmtree(scratch, ignore_errors=True)
-    total = Counter(came for ways in table.values() for counts in ways.values() for came in counts.elements())
-    found = dict(command="python tests/kill_runs.py" + "".join(f" {x}" for x in (argv if argv is not None else sys.argv[1:]) if x), planned=len(plans), stopped=sum(total.values()), came=dict(total), minutes=round((time.monotonic() - began)/60, 1),
+    found = dict(commands=["python tests/kill_runs.py" + "".join(f" {x}" for x in (argv if argv is not None else sys.argv[1:]) if x)], planned=len(plans), minutes=round((time.monotonic() - began)/60, 1),
                  cases={name: tried[name] | {"stops": {way: dict(counts) for way, counts in sorted(ways.items())}} for name, ways in table.items()}, wrong=wrong)
-    print(f"{found['stopped']} stops of {found['planned']} planned: " + ", ".join(f"{n} {came}" for came, n in total.most_common()))
+    if args.add: found = both(store.read_json(args.out), found)
+    found = summed(found)
+    print(f"{found['stopped']} stops of {found['planned']} planned: " + ", ".join(f"{n} {came}" for came, n in found["came"].items()))
     if args.out: store.write_json(args.out, found)
     return int(bool(wrong))
 
