@@ -47,7 +47,7 @@ class Events:
     def hook(self, event, args):
         if event not in COUNTED or self.busy or not isinstance(args[0], (str, os.PathLike)): return
         path = os.path.abspath(args[0])
-        reads = event == "open" and isinstance(args[1], str) and not set(args[1]) & set("wax+")
+        reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if path.startswith(self.root) and not reads: self.tick(event)
 
     def tick(self, event, torn=None):
@@ -327,7 +327,8 @@ def summed(found):
     return found | dict(stopped=came.total(), came=dict(came.most_common()), moments=sum(counts.total() for way, counts in ways if way.endswith("random moment")))
 
 
-def main(argv=None):
+def parsed(argv):
+    "What was typed."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="three stops each of one training and of eval")
     p.add_argument("--only", default="", help="names of cases, with commas")
@@ -337,7 +338,11 @@ def main(argv=None):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="JSON file of what came of it")
     p.add_argument("--add", action="store_true", help="to what that file holds already; take another seed")
-    args = p.parse_args(argv)
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parsed(argv)
     rng, began, names = random.Random(args.seed), time.monotonic(), set(args.only.split(",")) - {""}
     if args.quick: args.points, args.moments, names = 2, 0, names or {"train-laid", "eval"}
     table, wrong, tried = {}, [], {}
