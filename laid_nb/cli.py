@@ -34,7 +34,7 @@ from laid_nb.script import (
 )
 from .stop import stop_requests
 from laid_nb.store import (
-    atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
+    atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, naming, prepare_process,
     remove_on_failure, write_json
 )
 
@@ -129,10 +129,12 @@ def evaluate(
     _check_evaluation(ways, plot, vhs, haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
-    loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, progress=first,
-                 prompt=_prompt(model, processor, prompt, data and benchmark, first), max_batch_tokens=max_batch_tokens)
-    records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
+                 max_batch_tokens=max_batch_tokens)
+    with naming(f"the model {model!r}"):
+        loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
+        asked["prompt"] = _prompt(model, processor, prompt, data and benchmark, first)
+        records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
     results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
     return _into_card(results, model, data, kind, split, ways, seen) if first else results
 
@@ -404,7 +406,8 @@ def train(
     _say_plan(student, teacher, args, stacks)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
     with _until_stopped(out) as callback:
-        with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
+        keep = lambda path: args.process_index > 0 or bool(checkpoints(path))
+        with remove_on_failure(out, keep), naming(f"{student!r} taught by {teacher!r}"):
             trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", (student, teacher), stacks, tests)
@@ -504,8 +507,10 @@ def check(*args, **kwargs):
     stacks = read(data) if data else drawn_training(given["sizes"], given["haystacks"], args.seed, kind)
     tests = _validation_set(stacks, read, *(given[f"eval_{name}"] for name in ("data", "sizes", "questions")), kind)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    case = _case(given["student"], given["teacher"], args, simulation, stacks, before, tests=tests)
-    report = run_checks(case, say=lambda found: print(found, flush=True))
+    student, teacher = given["student"], given["teacher"]
+    with naming(f"{student!r} taught by {teacher!r}"):
+        case = _case(student, teacher, args, simulation, stacks, before, tests=tests)
+        report = run_checks(case, say=lambda found: print(found, flush=True))
     faults = [found.check for found in report if found.kind == "fault"]
     if faults: raise ValueError(f"{len(faults)} faults, see above: {', '.join(dict.fromkeys(faults))}")
     return report
@@ -618,12 +623,13 @@ def spectra(
     from laid_nb.capture import capture
     from laid_nb.inputs import HaystackCollator, image_inputs
     from laid_nb.spectra import distance_response
-    loaded, processor = load_model(model)
-    batch = HaystackCollator(processor)([haystack])
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.no_grad(), capture(loaded.to(device), layers) as cache:
-        loaded(**image_inputs(loaded, batch, "student"), logits_to_keep=1, use_cache=False)
-    response = torch.stack([distance_response(cache["q", l], cache["k", l]) for l in cache.layers]).cpu()
+    with naming(f"the model {model!r}"):
+        loaded, processor = load_model(model)
+        batch = HaystackCollator(processor)([haystack])
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        with torch.no_grad(), capture(loaded.to(device), layers) as cache:
+            loaded(**image_inputs(loaded, batch, "student"), logits_to_keep=1, use_cache=False)
+        response = torch.stack([distance_response(cache["q", l], cache["k", l]) for l in cache.layers]).cpu()
     about = dict(layers=cache.layers, images=len(haystack.images), tokens=batch["input_ids"].shape[1])
     for path in out:
         with atomic_write(path) as part:
@@ -707,13 +713,13 @@ def inspect(
 def anchors(
     out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
-    models: list[str] | None = None,  # teacher, student, near (default all three)
+    models: list[str] | None = None,  # teacher, student, near, small (default all)
     towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
 ):
     "Train the embedded models again, from pixels."
-    prepare_process()
+    device = prepare_process()
     from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out), models, towers)
+    make_anchors(Path(folder), Path(out), models, towers, device)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms

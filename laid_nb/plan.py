@@ -8,6 +8,7 @@ __all__ = ['CARDS', 'Sample', 'image_grid', 'sample_tokens', 'limit_sample', 'Li
 
 # %% ../nbs/09e_plan.ipynb #imports
 import copy
+import logging
 import math
 import weakref
 from collections import Counter
@@ -27,6 +28,9 @@ from .limits import check_pixels, pixels_of_each
 from .losses import TERMS, Evidence
 from .parts import BiasPart, LoraPart, MixingPart, make_parts
 from .patch import patch
+
+# %% ../nbs/09e_plan.ipynb #quiet
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # prints what it raises as well
 
 # %% ../nbs/09e_plan.ipynb #sample
 @dataclass(frozen=True)

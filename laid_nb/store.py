@@ -174,6 +174,28 @@ def read_tensors(
     except Exception as e:  # safetensors raises errors of its own, and torch's for types that it does not know
         raise ValueError(f"{path} is no whole safetensors file: {_first_line(e)}") from None
 
+# %% ../nbs/06a_store.ipynb #naming
+def _meant(
+    error: Exception,
+) -> bool:  # whether it says what is wrong
+    "An error of the operating system, of a package that is not there, or a `ValueError` that our own code raised."
+    if isinstance(error, (OSError, ImportError)): return True
+    at = error.__traceback__
+    while at.tb_next:
+        at = at.tb_next
+    return isinstance(error, ValueError) and at.tb_frame.f_globals["__name__"].startswith(f"{__package__}.")
+
+@contextmanager
+def naming(
+    what,  # a file, a folder or a model that the block works with
+):
+    "An error that nobody meant to raise becomes a `ValueError` that begins with what it is about. Ours."
+    try:
+        yield
+    except Exception as e:
+        if _meant(e): raise
+        raise ValueError(f"{what} cannot be used: {type(e).__name__}: {_first_line(e)}") from e
+
 # %% ../nbs/06a_store.ipynb #sizes
 DEEPEST, LARGEST = 2_000, 2**24  # layers, and any other size, that a config may declare
 _SIZE = re.compile(r"(size|dim|heads|layers|depth|experts|channels|width|positions|embeddings|length)s?$")
