@@ -272,7 +272,7 @@ def on_card(
     path, begun = RESULTS/"bench_gpu.json", time.perf_counter()
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     same = found.get("hardware", {}).get("gpu") == hardware()["gpu"] and not args.fresh
-    rows = [row for row in found["rows"] if "error" not in row] if same else []
+    rows = [row for row in found.get("rows", []) if "error" not in row] if same else []
     for pair, (own, other) in PAIRS.items():
         student = model(SHAPES[own], processor, "cuda")
         student.gradient_checkpointing_enable({"use_reentrant": False})
