@@ -328,6 +328,7 @@ def simulate_step(
 ) -> dict[str, Counter]:  # phase -> kind -> bytes alive at its peak, beside weights
     "What a micro-batch needs beside weights, gradients and optimiser states, without numbers. Ours."
     total, settings = student.get_text_config().num_hidden_layers, copy.copy(args)
+    vars(settings)["_setup_devices"] = torch.device("cpu")  # what TrainingArguments.device is: no card is touched
     for name in [name for name in _BY_BLOCKS if args.weights.get(name)]:
         setattr(settings, f"lambda_{name}", 0.0)
     explicit = args.layers not in ("last", "depth", "best", "needle")
