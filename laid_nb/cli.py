@@ -712,13 +712,13 @@ def inspect(
 def anchors(
     out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
-    models: list[str] | None = None,  # teacher, student, near (default all three)
+    models: list[str] | None = None,  # teacher, student, near, small (default all)
     towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
 ):
     "Train the embedded models again, from pixels."
-    prepare_process()
+    device = prepare_process()
     from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out), models, towers)
+    make_anchors(Path(folder), Path(out), models, towers, device)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms
@@ -769,13 +769,16 @@ def demo(
 def real(
     rows: list[str] = ("self-anchored", "anchor", "KD + gain", "SFT"),  # trainings, with those they need
     seeds: list[int] = (0,),  # of trainings
-    out: str = "laid-real",  # results; a run that was stopped goes on there
+    out: str | None = None,  # results; a stopped run goes on there (default laid-real, or laid-real-pictures)
+    pictures: bool = False,  # the items are pictures, and the model gets the embedded vision tower
+    sizes: _Sizes | None = None,  # items of a test haystack, such as 1,20,100 (default 1,5,20,50,100,150,300)
     questions: _Count | None = None,  # at each size (default 48)
 ):  # -> laid_nb.accuracy.Results
-    "Teach SmolLM2-135M text haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
+    "Teach SmolLM2-135M haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
     from laid_nb.real import Real, run_real
-    given = dict(rows=list(rows), seeds=tuple(seeds), out=out, questions=questions)
-    return run_real(Real(**_given(questions=questions)), out, rows, seeds, command_line("laid real", real, **given))
+    plan = _given(questions=questions, sizes=sizes) | dict(pictures=pictures)
+    command = command_line("laid real", real, rows=list(rows), seeds=tuple(seeds), out=out, **plan)
+    return run_real(Real(**plan), out or "laid-real" + "-pictures"*pictures, rows, seeds, command)
 
 # %% ../nbs/13_cli.ipynb #main
 COMMANDS = {"demo": demo, "plan": plan, "check": check, "train": train, "eval": evaluate, "lmms": lmms,
@@ -791,7 +794,7 @@ def parser() -> CommandParser:
         add_command(commands, name, function, _train_help if function in (train, check) else None)
     return top
 
-_GO_ON = ("demo", "train", "eval", "anchors")  # commands that a second call goes on with
+_GO_ON = ("demo", "train", "eval", "anchors", "real")  # commands that a second call goes on with
 _AGAIN = ("--fresh", "--overwrite_output_dir", "--debug")  # flags of the first call alone
 
 def _say_stopped(

@@ -683,6 +683,6 @@ def hardware() -> dict:
                 cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
 
 def versions() -> dict:
-    "Of Python, this package and the libraries that numbers depend on."
-    names = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
+    "Of Python, this package and the libraries that numbers depend on, of those that are installed."
+    names = filter(util.find_spec, ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy"))
     return dict(laid_nb=__version__, python=platform.python_version(), **{n: metadata.version(n) for n in names})
