@@ -129,12 +129,10 @@ def evaluate(
     _check_evaluation(ways, plot, vhs, haystacks)
     seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
     first = _first_process()
+    loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, progress=first,
-                 max_batch_tokens=max_batch_tokens)
-    with naming(f"the model {model!r}"):
-        loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
-        asked["prompt"] = _prompt(model, processor, prompt, data and benchmark, first)
-        records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
+                 prompt=_prompt(model, processor, prompt, data and benchmark, first), max_batch_tokens=max_batch_tokens)
+    records = _ask_all(loaded, processor, haystacks, out if first else None, ways, asked)
     results = _report(model, records, haystacks, seen, processor, out, vhs, plot, first)
     return _into_card(results, model, data, kind, split, ways, seen) if first else results
 
@@ -175,13 +173,15 @@ def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
     from laid_nb.evaluate import evaluate as ask_all
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return ask_all(model, processor, haystacks, out, together=True, **asked)
+    with naming(f"the model {asked['name']!r}"):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return ask_all(model, processor, haystacks, out, together=True, **asked)
 
 def _load_limited(model: str, dtype: str, attention: str | None, limits: tuple):  # -> (model, processor)
     "A model, and its processor with these limits on pixels."
     loaded, processor = load_model(model, dtype, attention=attention)
-    limit_pixels(processor, *limits)
+    with naming(f"the model {model!r}"):
+        limit_pixels(processor, *limits)
     return loaded, processor
 
 # %% ../nbs/13_cli.ipynb #eval-report
@@ -405,9 +405,8 @@ def train(
     refuse_bad_pictures(stacks + tests)
     _say_plan(student, teacher, args, stacks)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    with _until_stopped(out) as callback:
-        keep = lambda path: args.process_index > 0 or bool(checkpoints(path))
-        with remove_on_failure(out, keep), naming(f"{student!r} taught by {teacher!r}"):
+    with _until_stopped(out) as callback, naming(f"{student!r} taught by {teacher!r}"):
+        with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
             trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
         _save_student(trainer, out/"model", (student, teacher), stacks, tests)

@@ -543,8 +543,8 @@ def _check_answers(path, records, haystacks, length):
     known = {h.id: h for h in haystacks}
     for r in records:
         if not _answers_it(r, known[r["haystack"]], length):
-            raise ValueError(f"{path}: the record of question {r['question']} of haystack {r['haystack']!r} does not say "
-                             "what that question is, or lacks a number: give a new path, or remove the file")
+            raise ValueError(f"{path}: the record of question {r['question']} of haystack {r['haystack']!r} says of it "
+                             "what is not so, or lacks a number: give a new path, or remove the file")
 
 # %% ../nbs/10a_evaluate.ipynb #processes
 def _place(together) -> tuple[int, int]:

@@ -156,6 +156,17 @@ def kept_looks(
             read_attention(*models.load(name), haystack, short, progress=True).save(part)
     return files
 
+# %% ../nbs/12h_explore.ipynb #read-views
+_VIEW = dict(heading=str, lead=str, words=str, state=dict)
+
+def _read_views(file):
+    "Views that were kept. `ValueError` for a file that holds something else."
+    views = read_json(file)
+    def is_view(x): return isinstance(x, dict) and all(isinstance(x.get(name), kind) for name, kind in _VIEW.items())
+    if not (isinstance(views, list) and all(map(is_view, views))):
+        raise ValueError(f"{file} holds no views: remove it, and they will be made again")
+    return views
+
 # %% ../nbs/12h_explore.ipynb #collected
 def _viewers(asked, files):  # files of ImageAttention, [models, haystacks]
     "A HaystackViewer for each set of models that share their words."
@@ -175,16 +186,6 @@ def _inspector(files):  # name -> files of HeadSpectra
     from laid_nb.inspector import HeadInspector, HeadSpectra
     return HeadInspector([replace(HeadSpectra.load(path), name=name)
                           for name, paths in files.items() for path in paths])
-
-_VIEW = dict(heading=str, lead=str, words=str, state=dict)
-
-def _read_views(file):
-    "Views that were kept. `ValueError` for a file that holds something else."
-    views = read_json(file)
-    def is_view(x): return isinstance(x, dict) and all(isinstance(x.get(name), kind) for name, kind in _VIEW.items())
-    if not (isinstance(views, list) and all(map(is_view, views))):
-        raise ValueError(f"{file} holds no views: remove it, and they will be made again")
-    return views
 
 def kept_views(
     names: dict,  # model, as `KnownModels` takes it -> its name in pictures

@@ -183,7 +183,8 @@ def _meant(
     at = error.__traceback__
     while at.tb_next:
         at = at.tb_next
-    return isinstance(error, ValueError) and at.tb_frame.f_globals["__name__"].startswith(f"{__package__}.")
+    raised = at.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, ValueError) and raised in (__package__, "__main__")  # a notebook is the main module
 
 @contextmanager
 def naming(
