@@ -372,6 +372,8 @@ def headed(
     top = re.compile(r"\A(# .+\n(?:\s*\n)?(?:>.*\n?)*)")
     first["source"] = top.sub(lambda found: f"{found[1].rstrip()}\n\n{line}\n\n", first["source"] + "\n")
 
+PICTURE = r"^!\[([^\]]+)\]\(([^)]+)\)\n*(?:\*[^*\n]+\*\n*)?"  # and its caption, which the view has no need of
+
 def home(
     nb: dict,  # nbs/index.ipynb as processed
     hero: str,  # HTML of docs/home.html
@@ -385,7 +387,7 @@ def home(
                 if text: cells.append(text_cell(cell["id"], text))
             continue
         cell["source"] = re.sub(r"^\[!\[.*\n+", "", cell["source"], flags=re.M)  # badges come from another host
-        if not figure and (found := re.search(r"^!\[([^\]]+)\]\(([^)]+)\)\n*", cell["source"], re.M)):
+        if not figure and (found := re.search(PICTURE, cell["source"], re.M)):
             image = f'<img src="{found[2]}" alt="{html.escape(found[1])}">'
             figure = f'<a class="laid-figure" href="{found[2]}">{image}</a>'
             shown = hero.replace("{viewer}", placed(only_haystack(shipped_view(0), 50), figure))
@@ -449,7 +451,7 @@ def navigation(
     nav.insert(1, {"Play": [{"Try it here": "play.md"},
                             *({f"{found[0]} {titles[p]}": p.as_posix()} for p, found in played.items())]})
     nav.append({"Evidence": [{title: p.as_posix()} for p, title in titles.items() if p.parts[0] == "experiments"]})
-    nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in modules)]})
+    nav.append({"API": [{"Modules": "api/index.md"}, *({m: f"api/{m}.md"} for m in reference.helpers_last(modules))]})
     if "glossary.md" in pages: nav.append({"Glossary": "glossary.md"})
     placed = json.dumps(nav)
     lost = [p.as_posix() for p in titles if f'"{p.as_posix()}"' not in placed]
@@ -613,12 +615,13 @@ def maths_as_text(
 MATHS = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|(?<![\w$])\$([^$\n]+?)\$(?![\w$])", re.S)
 
 def on_post_build(config):
-    "mkdocs calls this at the end: formulas of the search index become text."
+    "mkdocs calls this at the end: formulas of the search index become text, and code, two thirds of it, is left out."
     file = Path(config["site_dir"])/"search"/"search_index.json"
     index = read(file)
     def said(found): return html.escape(maths_as_text(next(filter(None, found.groups()))), False)
     for entry in index["docs"]:
-        entry |= {key: MATHS.sub(said, entry[key]) for key in ("title", "text")}
+        prose = {key: re.sub(r"<pre.*?</pre>", "", entry[key], flags=re.S) for key in ("title", "text")}
+        entry |= {key: MATHS.sub(said, text) for key, text in prose.items()}
     file.write_text(json.dumps(index, ensure_ascii=False, separators=(",", ":")), encoding="utf-8")
 
 def entries(nav):  # (title, page) of all levels

@@ -175,14 +175,29 @@ def api_page(
         parts += [f"## `{public}` {{ #{public} }}", entry(public, getattr(module, public)), source]
     return "\n\n".join(parts) + "\n"
 
+FIRST = {  # name -> its module: what most readers come for
+    "LaidConfig": "train", "LaidTrainer": "train", "capture": "capture", "WindowSimulation": "simulate",
+    "load_model": "store", "read_vhs": "vhs", "evaluate": "evaluate", "Results": "accuracy",
+    "distance_response": "spectra", "HaystackViewer": "viewer", "HeadInspector": "inspector"}
+HELPERS = (  # modules that the others stand on, listed last
+    "store", "folder", "checkpoint", "stop", "shard", "pictures", "limits", "guards", "page", "serve", "script",
+    "patch")
+
+def helpers_last(modules: list[str]) -> list[str]:
+    return sorted(modules, key=lambda name: HELPERS.index(name) if name in HELPERS else -1)
+
 def api_index(
     modules: list,
 ) -> str:
     names = {m.__name__.split(".")[-1]: m for m in modules}
-    rows = [[f"[{name}]({name}.md)", escape(m.__doc__ or ""), str(len(m.__all__))] for name, m in names.items()]
+    first = [[f"[`{name}`]({home}.md#{name})", escape(inspect.getdoc(getattr(names[home], name)).partition("\n\n")[0]),
+              f"[{home}]({home}.md)"] for name, home in FIRST.items() if home in names]
+    rows = [[f"[{name}]({name}.md)", escape(names[name].__doc__ or ""), str(len(names[name].__all__))]
+            for name in helpers_last(list(names))]
     about = ("Every public name, with what each parameter means. The text comes from the signatures in the notebooks; "
              "each entry links to the section that derives it.")
-    return f"# API\n\n{about}\n\n{table(['Module', 'About', 'Names'], rows)}"
+    return (f"# API\n\n{about}\n\n## To begin with\n\n{table(['Name', 'About', 'Module'], first)}\n\n"
+            f"## Modules\n\n{table(['Module', 'About', 'Names'], rows)}")
 
 # --- command line -------------------------------------------------------------
 def flag(action):  # as it is written

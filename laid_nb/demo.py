@@ -31,7 +31,7 @@ from laid_nb.store import (
 )
 from .train import check_pair, quiet_training
 from .vhs import write_vhs
-from .viewer import look, plot_haystack, read_attention
+from .viewer import look, plot_haystack, read_attention, telling_question
 
 # %% ../nbs/12f_demo.ipynb #demo-settings
 @dataclass(frozen=True)
@@ -170,10 +170,10 @@ def show_haystack(
     name: str,  # of the file
 ):
     "Draw where the models that are there look in one haystack, and say it."
-    haystack = picture_haystack(4, run.demo.shown, 6, "val")
+    haystack = picture_haystack(7, run.demo.shown, 6, "val")
     loaded = {model: load_model(run.path(model)) for model in run.pair}
     readings = [read_attention(m.to(run.device), p, haystack, model) for model, (m, p) in loaded.items()]
-    figure = plot_haystack(haystack, readings, 1)
+    figure = plot_haystack(haystack, readings, telling_question(readings))
     with atomic_write(run.own(name)) as part:
         figure.savefig(part, dpi=110)
     print("\n".join(_sentence(reading, haystack) for reading in readings) + f"\n  picture: {run.out/name}", flush=True)

@@ -146,6 +146,16 @@ def reply(self: Question):
     coin = random.Random(f"{self.text} {self.needles}").random()
     return self.choices[int(coin*len(self.choices))]
 
+# %% ../nbs/07_haystack.ipynb #question-shown
+_MANY, _MASS = ("skis", "scissors"), ("broccoli",)  # objects that take no article
+
+@patch(as_prop=True)
+def shown(self: Question):
+    "The question as people would say it; a file's wording stays as it is."
+    if self.wording or self.target not in _MANY + _MASS: return self.text
+    bare = self.text.replace(f"a {self.target}", self.target)
+    return bare.replace("is there", "are there") if self.target in _MANY else bare
+
 # %% ../nbs/07_haystack.ipynb #check-question
 def _check_question(
     question: Question,

@@ -24,39 +24,6 @@ from torch.autograd.function import once_differentiable
 from .attention import said_of_layers
 from .patch import patch
 
-# %% ../nbs/02_spectra.ipynb #words
-@functools.cache
-def _letters_of(path):
-    "Code points that a font of outlines can draw."
-    try:
-        font = FT2Font(path)
-        return frozenset(font.get_charmap()) if font.scalable else frozenset()
-    except (RuntimeError, OSError):  # a collection or a font of pictures
-        return frozenset()
-
-@functools.cache
-def _family_with(letter):
-    "A font family of this machine that has a letter, or None."
-    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]
-    return next((font.name for font in fonts if ord(letter) in _letters_of(font.fname)), None)
-
-def figure_words(
-    text: str,  # from a file or a user
-) -> dict:  # arguments of `Figure.text` and `Axes.text`: `s`, `fontfamily`, `parse_math`
-    "A text to be drawn as it stands, in fonts that have its letters. Ours."
-    own = _letters_of(findfont("DejaVu Sans"))
-    more = {c: _family_with(c) for c in set(text) if ord(c) not in own and c.isprintable()}
-    shown = "".join(c if ord(c) in own and c.isprintable() or more.get(c) else f"[U+{ord(c):04X}]" for c in text)
-    return dict(s=shown, fontfamily=["DejaVu Sans", *sorted({f for f in more.values() if f})], parse_math=False)
-
-def figure_label(
-    text: str,  # from a file or a user
-) -> str:  # for a legend or a title, which take no other arguments
-    "A text to be drawn as it stands: no mathematics, no letter that is not in the font, no name left out."
-    shown = "".join(c if ord(c) in _letters_of(findfont("DejaVu Sans")) and c.isprintable() else f"[U+{ord(c):04X}]"
-                    for c in text).replace("$", r"\$")
-    return f"\u200b{shown}" if shown.startswith("_") else shown  # a legend leaves out what begins with _
-
 # %% ../nbs/02_spectra.ipynb #fast-length
 def _fast_length(
     n: int,  # tokens
@@ -593,6 +560,39 @@ def key_activation(
     _check_chosen(asked, mask, "asked")
     scaling = q.shape[-1]**-.5 if scaling is None else scaling
     return torch.stack([share.amax(1) for share in needle_shares(q, k, asked & mask, needle, mask, scaling)])
+
+# %% ../nbs/02_spectra.ipynb #words
+@functools.cache
+def _letters_of(path):
+    "Code points that a font of outlines can draw."
+    try:
+        font = FT2Font(path)
+        return frozenset(font.get_charmap()) if font.scalable else frozenset()
+    except (RuntimeError, OSError):  # a collection or a font of pictures
+        return frozenset()
+
+@functools.cache
+def _family_with(letter):
+    "A font family of this machine that has a letter, or None."
+    fonts = [font for font in fontManager.ttflist if not font.name.startswith("Last Resort")]
+    return next((font.name for font in fonts if ord(letter) in _letters_of(font.fname)), None)
+
+def figure_words(
+    text: str,  # from a file or a user
+) -> dict:  # arguments of `Figure.text` and `Axes.text`: `s`, `fontfamily`, `parse_math`
+    "A text to be drawn as it stands, in fonts that have its letters. Ours."
+    own = _letters_of(findfont("DejaVu Sans"))
+    more = {c: _family_with(c) for c in set(text) if ord(c) not in own and c.isprintable()}
+    shown = "".join(c if ord(c) in own and c.isprintable() or more.get(c) else f"[U+{ord(c):04X}]" for c in text)
+    return dict(s=shown, fontfamily=["DejaVu Sans", *sorted({f for f in more.values() if f})], parse_math=False)
+
+def figure_label(
+    text: str,  # from a file or a user
+) -> str:  # for a legend or a title, which take no other arguments
+    "A text to be drawn as it stands: no mathematics, no letter that is not in the font, no name left out."
+    shown = "".join(c if ord(c) in _letters_of(findfont("DejaVu Sans")) and c.isprintable() else f"[U+{ord(c):04X}]"
+                    for c in text).replace("$", r"\$")
+    return f"\u200b{shown}" if shown.startswith("_") else shown  # a legend leaves out what begins with _
 
 # %% ../nbs/02_spectra.ipynb #log-bins
 def log_edges(

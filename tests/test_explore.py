@@ -36,7 +36,7 @@ def differences(a, b, path=""):
 
 
 def test_what_ships_is_what_the_shipped_readings_show():
-    stacks = [picture_haystack(2, 20, 6, "val"), picture_haystack(4, 50, 6, "val")]
+    stacks = [picture_haystack(2, 20, 6, "val"), picture_haystack(7, 50, 6, "val")]
     looks = [ImageAttention.load(data_path("spectra", f"viewer-{name}-{len(h.images)}.safetensors")) for h in stacks for name in SHIPPED]
     heads = [HeadSpectra.load(data_path("spectra", f"heads-{name}-{n}.safetensors")) for name in SHIPPED for n in (5, 20, 50)]
     made = json.loads(json.dumps([view_of(HaystackViewer(stacks, looks)), view_of(HeadInspector(heads))]))
@@ -90,7 +90,7 @@ def test_the_same_weights_written_anew_are_the_same(mine, tmp_path):
 
 
 def test_models_whose_words_differ_get_viewers_of_their_own(tmp_path):
-    stack = picture_haystack(4, 50, 6, "val")
+    stack = picture_haystack(7, 50, 6, "val")
     files = {}
     for name in SHIPPED:
         read = ImageAttention.load(data_path("spectra", f"viewer-{name}-50.safetensors"))

@@ -383,7 +383,7 @@ def test_a_rope_of_another_form_is_refused_by_name():
 
 
 def test_a_viewer_passes_over_what_is_left_out():
-    haystack = picture_haystack(4, 50, 6, "val")
+    haystack = picture_haystack(7, 50, 6, "val")
     reading = ImageAttention.load(data_path("spectra", "viewer-teacher-50.safetensors"))
     found = read_attention(*(x.from_pretrained(data_path("anchors", "student")) for x in (AutoModelForImageTextToText, AutoProcessor)), picture_haystack(0, 2, 1, "val"), "student")
     assert found.left_out == {} and found.attention.isfinite().all()

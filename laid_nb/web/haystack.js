@@ -172,7 +172,7 @@ class HaystackView {
   drawDetail(hovered) {
     const i = hovered ?? this.picture, { names, images } = this.haystack();
     if (i == null) {
-      this.detail.textContent = "The needle has an orange frame; a picture fades with the attention it gets. Click a picture or a word.";
+      this.detail.textContent = "The needle, the picture asked about, has an orange frame; a picture fades with the attention it gets. Click a picture or a word.";
       return;
     }
     const shares = this.asked().readings.map((reading, m) => this.looks[m].shares

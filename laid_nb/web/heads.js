@@ -42,6 +42,8 @@ class HeadsView {
 
   get(name) { return this.model.get(name); }
 
+  say(text) { return text.replaceAll("picture", this.data.models[0].item); }  // "item" where haystacks are of text
+
   set(name, value) {
     this.model.set(name, value);
     this.model.save_changes();
@@ -79,12 +81,13 @@ class HeadsView {
   }
 
   explain(entry, cell, event) {
-    const value = this.number(entry, this.get("map"), cell), [title, meaning] = MAPS[this.get("map")];
+    const value = this.number(entry, this.get("map"), cell);
+    const [title, meaning] = MAPS[this.get("map")].map(text => this.say(text));
     const even = this.get("map") === "needle" ? ` Spread evenly, each of ${this.get("images")} pictures would get `
       + `${percent(1/this.get("images"))} or less.` : "";
     this.tip.replaceChildren(make("b", {}, `${entry.name}, layer ${cell[0]}, head ${cell[1]}`), make("br"),
       Number.isFinite(value) ? `${title}: ${value.toFixed(2)}` : this.whyNot(entry, cell[0]), make("br"),
-      make("small", {}, `${meaning}.${even}`));
+      make("small", {}, `${meaning}.${this.say(even)}`));
     const box = this.root.getBoundingClientRect(), wide = Math.min(260, box.width - 16);
     this.tip.style.width = `${wide}px`;
     this.tip.style.left = `${clip(event.clientX - box.left + 14, 0, box.width - wide - 22)}px`;
@@ -108,8 +111,8 @@ class HeadsView {
       return `${percent(needle)} (${entry.name})`;
     });
     const who = best ? "the best head of each model gives the needle" : "the heads chosen give the needle";
-    this.said.textContent = `Among ${images} ${images === 1 ? "picture" : "pictures"}, ${who} this share of its `
-      + `attention: ${parts.join(", ")}.`;
+    const among = this.say(`Among ${images} ${images === 1 ? "picture" : "pictures"}`);
+    this.said.textContent = `${among}, ${who} this share of its attention: ${parts.join(", ")}.`;
   }
 
   best(entry) {
@@ -125,7 +128,7 @@ class HeadsView {
     const maps = Object.entries(MAPS).map(([name, [title]]) => [name, title]);
     const bests = () => this.set("chosen", Object.fromEntries(this.data.models.map(e => [e.name, this.best(e)])));
     this.controls.replaceChildren(
-      ...this.data.sizes.length < 2 ? [] : [choice("pictures", this.data.sizes.map(n => [n, String(n)]),
+      ...this.data.sizes.length < 2 ? [] : [choice(this.say("pictures"), this.data.sizes.map(n => [n, String(n)]),
         this.get("images"), n => this.set("images", n))],
       dropdown("colours", maps, this.get("map"), name => this.set("map", name)),
       choice("distance in", [["tokens", "tokens"], ["positions", "positions"]], this.get("unit"),
@@ -143,7 +146,7 @@ class HeadsView {
       grid.draw({ rows: entry.layers, columns: entry.heads, group: entry.heads/entry.kv_heads, values,
         chosen: this.get("chosen")[entry.name], label: `${entry.name}: ${MAPS[map][0]}` }, width/across - 28);
     }
-    this.barBox.replaceChildren(colourBar(...MAPS[map]));
+    this.barBox.replaceChildren(colourBar(...MAPS[map].map(text => this.say(text))));
   }
 
   shown() {  // what is drawn: { entry, layer, head, colour, s }
@@ -213,7 +216,7 @@ const PANELS = {
     const lines = shown.map(({ entry, layer, head, colour, s }) => ({ name: entry.name, colour,
       points: steps(part(s[view.field("response")], layer, head), part(s[edges])) }));
     const top = view.data.limits.response, far = onePicture(view, part(shown[0].s[edges]));
-    const guides = [{ x: far, text: "about one picture" }];
+    const guides = [{ x: far, text: view.say("about one picture") }];
     if (view.wave) guides.push({ x: clip(view.wave + 1, 1, x.high), text: `one turn: ${short(view.wave)} ${unit}` });
     const ticks = [-64, -16, -4, -1, 0, 1, 4, 16, 64].filter(tick => Math.abs(tick) <= top);
     return ["How strongly it answers to each distance",
@@ -236,7 +239,7 @@ const PANELS = {
     const marks = rope.wavelength.map((length, i) => ({ x: length, colour: AXES[rope.axis[i]][1], row: rope.axis[i] }))
       .filter(mark => mark.x >= 2 && mark.x <= high);
     return ["Which waves that answer is made of",
-      " Only long waves tell far pictures apart. Ticks at the foot: the turns RoPE offers"
+      view.say(" Only long waves tell far pictures apart. Ticks at the foot: the turns RoPE offers")
       + (rope.axis.some(a => a) ? " for time (blue), height (orange), width (green)." : "."),
       { x: { scale: "log", low: 2, high, ticks: octaves(2, high), label: `wavelength in ${unit}` },
         y: { scale: "log", low: floor, high: view.data.limits.power, ticks: decades(floor, view.data.limits.power) },
@@ -272,7 +275,7 @@ const PANELS = {
     return ["Where its attention ends up",
       " Shaded: the far half of the input, where most of a haystack lies.",
       { x, y: { scale: "log", low: 1e-4, high: 1, ticks: [1e-4, 1e-3, .01, .1, 1] }, lines, label: "attention by distance",
-        guides: [{ x: high/2, to: high, text: "" }, { x: onePicture(view, edges), text: "about one picture" }],
+        guides: [{ x: high/2, to: high, text: "" }, { x: onePicture(view, edges), text: view.say("about one picture") }],
         hint: "attention summed over each step of distance" + (unit === "positions" ? ", always in tokens" : ""),
         read: readLines(lines, at => `${short(at - 1)} tokens away, attention`) }];
   },

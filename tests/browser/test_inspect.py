@@ -36,9 +36,9 @@ def test_it_opens_on_the_question_and_each_models_best_head(opened, screen):
     page = opened(viewport=dict(width=1440, height=900))
     looks, heads = page.locator(".laid-view").all()
     said = looks.locator(".laid-said").inner_text()
-    assert "The student spreads its attention over 50 pictures; 8% reach the needle, and it is wrong." in said and "97%" in said and "46%" in said
+    assert "The student spreads its attention over 50 pictures; 15% reach the needle, and it is wrong." in said and "100%" in said and "99%" in said
     assert "100% (teacher), 13% (student), 64% (distilled)" in heads.locator(".laid-said").inner_text()
-    assert looks.locator(".laid-right, .laid-wrong").all_inner_texts() == ["No, right ✓ 87% sure", "Yes, wrong ✗ 68% sure", "No, right ✓ 88% sure"]
+    assert looks.locator(".laid-right, .laid-wrong").all_inner_texts() == ["No, right ✓ 98% sure", "Yes, wrong ✗ 82% sure", "No, right ✓ 81% sure"]
     assert looks.locator(".laid-needle").count() == 3 and heads.locator(".laid-plot").count() == 4
     assert all(box["width"] > 550 for box in (plot.bounding_box() for plot in heads.locator(".laid-plot").all()))
     screen("inspect", page)
@@ -112,19 +112,19 @@ def test_colours_and_unit_are_chosen(opened):
 def test_words_and_pictures_are_clicked(opened):
     looks = opened().locator(".laid-view").first
     detail, shares = looks.locator(".laid-detail"), looks.locator(".laid-shares b")
-    looks.locator("[data-picture='34']").nth(1).click()
+    looks.locator("[data-picture='22']").nth(1).click()
     looks.page.mouse.move(0, 0)
-    expect(detail).to_contain_text("Picture 35 of 50 (")
-    expect(detail).to_contain_text("the needle): teacher 97%, student 8%, distilled 46%.")
+    expect(detail).to_contain_text("Picture 23 of 50 (")
+    expect(detail).to_contain_text("the needle): teacher 100%, student 15%, distilled 99%.")
     assert looks.locator(".laid-picked").count() == 3
     looks.locator(".laid-mosaic").first.focus()
     looks.page.keyboard.press("ArrowRight")
-    expect(detail).to_contain_text("Picture 36 of 50")
-    looks.locator(".laid-words button", has_text="skis").click()
-    expect(shares.first).not_to_have_text("97% on the needle, ")
-    expect(looks.locator(".laid-shares small").first).to_contain_text("at “skis”")
+    expect(detail).to_contain_text("Picture 24 of 50")
+    looks.locator(".laid-words button", has_text="surfboard").click()
+    expect(shares.first).not_to_have_text("100% on the needle, ")
+    expect(looks.locator(".laid-shares small").first).to_contain_text("at “surfboard”")
     looks.locator("select").first.select_option(index=2)
-    expect(looks.locator(".laid-question")).to_contain_text("zebra")
+    expect(looks.locator(".laid-question")).to_contain_text("cake")
     expect(looks.locator(".laid-words [aria-pressed=true]")).to_have_text("each model's best word")
     looks.get_by_role("button", name="20", exact=True).click()
     expect(looks.locator(".laid-question")).to_contain_text("traffic light")

@@ -96,9 +96,9 @@ def test_viewer(notebook, screen):
     page = notebook("12c_viewer")
     viewer = page.locator(".laid-view").last
     viewer.scroll_into_view_if_needed()
-    assert "keyboard" in viewer.locator(".laid-question").inner_text()
+    assert "boat" in viewer.locator(".laid-question").inner_text()
     viewer.locator("select").first.select_option(index=2)  # another question
-    expect(viewer.locator(".laid-question")).to_contain_text("zebra")
+    expect(viewer.locator(".laid-question")).to_contain_text("cake")
     viewer.locator("select").nth(1).select_option(label="mean")
     expect(viewer.locator(".laid-shares small").first).to_contain_text("mean of layers")
     screen("viewer", viewer)

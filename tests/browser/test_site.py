@@ -1,5 +1,6 @@
 """The built site in a browser: nothing from another host, no error, and what a reader does works."""
 import pytest
+from playwright.sync_api import expect
 
 from conftest import Watched
 
@@ -86,3 +87,29 @@ def test_figures_have_words(look):
     page = look("02_spectra.html")
     figures = page.locator("article img")
     assert figures.count() and all(figures.evaluate_all("images => images.map(i => i.alt.trim())"))
+
+
+@pytest.mark.parametrize("width", [1440, 390])
+def test_the_heads_of_the_real_student_answer(look, width):
+    page = look("experiments/real.html", viewport=dict(width=width, height=900), color_scheme="dark", has_touch=width < 500)
+    heads = page.locator(".laid-view")
+    heads.scroll_into_view_if_needed()
+    cells, names, tip = heads.locator(".laid-cells"), heads.locator(".laid-legend b"), heads.locator(".laid-tip")
+    expect(heads.locator(".laid-said")).to_contain_text("Among 100 items, the best head of each model")
+    assert "picture" not in heads.inner_text()
+    kept = names.first.inner_text()
+    box = cells.first.bounding_box()
+    place = dict(x=box["width"] - 4, y=box["height"] - 5)  # the last layer's last head
+    if width > 500:
+        cells.first.hover(position=place)
+        expect(tip).to_contain_text("student, layer 29, head 8")
+        page.mouse.move(0, 0)
+        expect(names.first).to_have_text(kept)
+        cells.first.click(position=place)
+    else: cells.first.tap(position=place)
+    expect(names.first).to_have_text("student, layer 29, head 8")
+    page.keyboard.press("ArrowUp")
+    expect(names.first).to_have_text("student, layer 28, head 8")
+    heads.get_by_role("button", name="best heads").click()
+    expect(names.first).to_have_text(kept)
+    assert page.evaluate("document.scrollingElement.scrollWidth") <= width
