@@ -52,7 +52,7 @@ WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, rec
 SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
-STUDENTS = ("student", "near")  # with one vision tower
+STUDENTS = ("student", "near", "small")  # with one vision tower
 USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 

@@ -91,7 +91,7 @@ SIZES = {
     "student": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2,
                     num_key_value_heads=1)}
 SIZES["near"] = SIZES["student"]  # taught on 1-20 images without gaps between their positions
-SIZES["small"] = SIZES["student"] | dict(intermediate_size=128, num_hidden_layers=2)  # taught as the teacher is
+SIZES["small"] = SIZES["student"] | dict(intermediate_size=64, num_hidden_layers=2)  # taught as the teacher is
 PAIR = ("teacher", "student")  # a vision tower is trained for each; the other students take the student's
 
 def anchor_config(

@@ -31,6 +31,7 @@ from laid_nb.spectra import (
 
 from .attention import layers_left_out
 from .capture import capture
+from .haystack import Passage
 from .inputs import encode, image_inputs, read_groups, read_positions
 from .page import front_end, packed, standalone
 from .patch import patch
@@ -421,6 +422,7 @@ class HeadSpectra:
     entropy: torch.Tensor  # [layers, heads], 0..1, 1 = spread evenly
     left_out: dict[int, str] = field(default_factory=dict)  # layer -> why some of its numbers are nan
     ropes: dict[int, RopeSpec] = field(default_factory=dict)  # layers that turn by another RoPE than `spec`
+    item: str = "picture"  # what a haystack was made of: "picture", or "item" of text
 
     def rope(self,
         layer: int,
@@ -456,7 +458,8 @@ def save(
     for key, spec in ropes.items():
         arrays |= {f"{key}.inv_freq": spec.inv_freq, f"{key}.axis": spec.axis}
         numbers[key] = json.dumps({k: v for k, v in vars(spec).items() if not torch.is_tensor(v)})
-    save_file(arrays, path, numbers | dict(name=self.name, images=str(self.images), left_out=json.dumps(self.left_out)))
+    told = dict(name=self.name, images=str(self.images), item=self.item, left_out=json.dumps(self.left_out))
+    save_file(arrays, path, numbers | told)
 
 def _read_file(
     path,  # of a file that `save` wrote
@@ -467,7 +470,8 @@ def _read_file(
     def rope(key): return RopeSpec(arrays.pop(f"{key}.inv_freq"), arrays.pop(f"{key}.axis"), **json.loads(notes[key]))
     spec, ropes = rope("spec"), {int(key[5:]): rope(key) for key in notes if key.startswith("rope-")}
     left_out = {int(layer): why for layer, why in json.loads(notes.get("left_out", "{}")).items()}
-    return dict(name=notes["name"], images=int(notes["images"]), spec=spec, ropes=ropes, left_out=left_out, **arrays)
+    told = dict(name=notes["name"], images=int(notes["images"]), item=notes.get("item", "picture"))
+    return told | dict(spec=spec, ropes=ropes, left_out=left_out, **arrays)
 
 # %% ../nbs/12_inspector.ipynb #read-checks
 def _check_one_size(haystacks: list) -> int:
@@ -660,7 +664,8 @@ def read_heads(
     found = {k: v.float() if v.is_floating_point() else v for k, v in found.items()}
     found["needle"] = torch.stack(on_needle).mean(0).float()
     found = _left_out_as_nan(found, list(stats), n, attend, _without_bands(ropes, spec, n))
-    return HeadSpectra(name, images, spec, ropes=others, **found)
+    item = "item" if isinstance(haystack.images[0], Passage) else "picture"
+    return HeadSpectra(name, images, spec, ropes=others, item=item, **found)
 
 # %% ../nbs/12_inspector.ipynb #plot-limits
 COLOURS = {"teacher": "0.15", "student": "C0", "distilled": "C3"}  # of models, everywhere
@@ -861,8 +866,8 @@ def _packed_model(
     layers, heads, kv_heads = one.heads
     left_out = {str(layer): why for s in spectra for layer, why in s.left_out.items()}
     rope = {"usual": _packed_rope(one.spec)} | {str(layer): _packed_rope(spec) for layer, spec in one.ropes.items()}
-    return dict(name=one.name, layers=layers, heads=heads, kv_heads=kv_heads, rope=rope, left_out=left_out,
-                sizes={str(s.images): _packed_size(s) for s in spectra})
+    return dict(name=one.name, item=one.item, layers=layers, heads=heads, kv_heads=kv_heads, rope=rope,
+                left_out=left_out, sizes={str(s.images): _packed_size(s) for s in spectra})
 
 # %% ../nbs/12_inspector.ipynb #inspector-valid
 def _check_possible(
@@ -946,4 +951,4 @@ def describe(self: HeadInspector) -> str:
         needle, why = float(s.needle[layer, head]), s.left_out.get(layer)
         told = f"attention not measured, as it {why}" if math.isnan(needle) else f"attention on the needle {needle:.2f}"
         said.append(f"{s.name}, layer {layer}, head {head}, {told}")
-    return f"{self.images} images, distance in {self.unit}: " + "; ".join(said)
+    return f"{self.images} {self.heads()[0][0].item}s, distance in {self.unit}: " + "; ".join(said)

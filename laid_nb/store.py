@@ -338,7 +338,7 @@ def how_to_install(
     return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
 
 # %% ../nbs/06a_store.ipynb #load
-EMBEDDED = ("teacher", "student", "distilled", "near")  # models that ship with the package
+EMBEDDED = ("teacher", "student", "distilled", "near", "small")  # models that ship with the package
 
 def model_path(
     name: str,  # folder, hub name, or one of EMBEDDED

@@ -293,7 +293,7 @@ def plot_haystack(
     layout, pictures = _layout(n, len(readings)), [haystack.image(i) for i in range(n)]
     height = .45 + layout.tall*(len(readings) if layout.stacked else 1)
     figure = Figure(figsize=(layout.wide, height), dpi=80)
-    words = figure_words(f"{asked.text}  (Answer: {asked.reply})")
+    words = figure_words(f"{asked.shown}  (Answer: {asked.reply})")
     figure.text(.012, 1 - .3/height, **words, fontsize=12, va="center")
     for place, reading in enumerate(readings):
         _plot_reading(figure, layout, place, pictures, asked.needles, reading, question, (token, layer, head))
@@ -357,7 +357,7 @@ def _packed_haystack(
     "One haystack, for haystack.js."
     n = len(haystack.images)
     columns = min(n, 12)
-    questions = [dict(text=q.text, reply=q.reply, needles=list(q.needles), words=list(readings[0].words[i]),
+    questions = [dict(text=q.shown, reply=q.reply, needles=list(q.needles), words=list(readings[0].words[i]),
                       readings=[_packed_reading(r, i, q.needles) for r in readings])
                  for i, q in enumerate(haystack.questions)]
     return dict(id=haystack.id, images=n, columns=columns, names=[_name(item) for item in haystack.images],
@@ -471,4 +471,4 @@ def describe(self: HaystackViewer) -> str:
         yes, no = r.log_p[self.question].tolist()
         right = "right" if r.right[self.question] else "wrong"
         said.append(f"{r.name} says {'Yes' if yes > no else 'No'}, {right}, {label}")
-    return f"{len(haystack.images)} images, {asked.text} {asked.reply}. " + "; ".join(said)
+    return f"{len(haystack.images)} images, {asked.shown} {asked.reply}. " + "; ".join(said)

@@ -114,6 +114,15 @@ def test_codes_are_orthogonal(processor):
         torch.testing.assert_close(gram, torch.eye(len(OBJECTS) + 1)*gram[0, 0], atol=1e-3, rtol=0)
 
 
+def test_small_is_smaller_and_sees_as_the_student_does(pair):
+    small = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "small"))
+    text = small.config.text_config
+    assert {k: getattr(text, k) for k in SIZES["small"]} == SIZES["small"]
+    theirs, here = pair["student"].state_dict(), small.state_dict()
+    assert all(torch.equal(here[k], theirs[k]) for k in here if "visual." in k)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in pair["student"].parameters())
+
+
 def test_near_is_a_student_of_another_training(pair):
     near = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "near"))
     theirs, here = pair["student"].state_dict(), near.state_dict()
