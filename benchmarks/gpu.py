@@ -95,23 +95,41 @@ def model(
         torch.set_default_dtype(before)
 
 
+@functools.lru_cache(1)
+def drawn(
+    tokens: int,  # of the text model, about
+    processor,
+    side: int,  # of a picture
+) -> dict:
+    "An encoded haystack of 12 questions."
+    per_image = (side//28)**2 + 2
+    haystack = picture_haystack(0, max(3, round((tokens - 300)/per_image)), 12, "train")
+    encoded = HaystackCollator(processor, size=side).encode(haystack)
+    return {k: v for k, v in encoded.items() if k != "pixel_values"} | {"haystack": haystack}
+
+
 def sample(
     tokens: int,  # of the text model, about
     processor,
     widths: dict,  # "student" and "teacher" -> hidden size
     side: int = 532,  # of a picture: 361 tokens, about what a picture of VHs has
+    device: str = "cpu",  # where features are drawn by lot
 ) -> dict:
-    "An encoded haystack of 12 questions, with random features in place of its pictures."
-    per_image = (side//28)**2 + 2
-    haystack = picture_haystack(0, max(3, round((tokens - 300)/per_image)), 12, "train")
-    encoded = HaystackCollator(processor, size=side).encode(haystack)
+    "An encoded haystack with random features in place of its pictures: on a card bf16, as its towers make them."
+    encoded = drawn(tokens, processor, side)
     pieces = int((encoded["input_ids"] == processor.image_token_id).sum())
-    features = {f"{role}_features": torch.randn(pieces, width)*.02 for role, width in widths.items()}
-    return {k: v for k, v in encoded.items() if k != "pixel_values"} | features | {"haystack": haystack}
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    features = {role: torch.randn(pieces, width, device=device, dtype=dtype)*.02 for role, width in widths.items()}
+    return encoded | {f"{role}_features": x.cpu() for role, x in features.items()}
 
 
 # --- methods ----------------------------------------------------------------------
-class CachedTeacher(LaidTrainer):
+class Unnamed(LaidTrainer):
+    "Its models get no fingerprints: hashing their weights takes longer than a step."
+    def _describe_pair(self, *args): return {}
+
+
+class CachedTeacher(Unnamed):
     "What the teacher contributes is kept off the card after it was read once, as a cache on disk keeps it."
     kept = None
 
@@ -120,7 +138,6 @@ class CachedTeacher(LaidTrainer):
         if self.kept is None:
             said = super().read_teacher(inputs, how, bias, rows)
             self.kept = {name: x.to("cpu", copy=True) for name, x in said.items()}
-            self.teacher.to("cpu")
         return {name: x.to(self.args.device) for name, x in self.kept.items()}
 
 
@@ -150,6 +167,7 @@ def dense(
 
 METHODS = {"SFT": "sft", "SFT + KL": "kd", "LAid": "laid", "LAid+": "laid+", "LAid, cached teacher": "laid"}
 DENSE = "SFT + KL, dense logits"
+BF16 = dict(student_dtype="bfloat16", optim="adamw_torch_8bit", optim_args="bf16_stochastic_round=True")  # never steps
 
 
 def call_of(
@@ -161,9 +179,10 @@ def call_of(
 ):  # -> function without arguments
     "A step of a method, forward and backward."
     if name == DENSE: return dense(student, teacher, on_device(pool[0], student.device))
-    kind = CachedTeacher if "cached" in name else LaidTrainer
-    trainer = made(METHODS[name], student, teacher, pool, processor, kind)
-    return functools.partial(step, trainer, trainer.data_collator(pool))
+    kind = CachedTeacher if "cached" in name else Unnamed
+    half = BF16 if student.dtype == torch.bfloat16 else {}
+    trainer = made(METHODS[name], student, teacher, pool, processor, kind, **half)
+    return functools.partial(step, trainer, on_device(trainer.data_collator(pool), student.device))
 
 
 def on_device(batch: dict, device) -> dict:
@@ -198,10 +217,8 @@ def card_row(
     tokens = pool[0]["input_ids"].shape[1]
     rows = int(supervised_rows(pool[0]["labels"])[0].sum())
     row = dict(pair=pair, tokens=tokens, method=name)
-    teacher.to(student.device)
     try:
         call = call_of(name, student, teacher, pool, processor)
-        student.to(torch.bfloat16)  # a trainer may have made it float32
         call()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -211,6 +228,10 @@ def card_row(
         took, peak = time.perf_counter() - start, torch.cuda.max_memory_allocated()
     except torch.OutOfMemoryError:
         return row | {"out of memory": True}
+    except Exception as e:  # one row is not all of them
+        return row | {"error": f"{type(e).__name__}: {e}"[:400]}
+    if "cached" in name:  # the teacher need not be there
+        peak -= sum(p.nbytes for p in teacher.parameters())
     kept = teacher.config.text_config.num_hidden_layers
     read, missing = name != "SFT" and "cached" not in name, other.layers - kept
     ran = kept*(other.flops(tokens, rows) - 2*other.hidden*other.vocabulary*rows)/other.layers
@@ -250,15 +271,16 @@ def on_card(
     "Every row, resumed and written one by one."
     path, begun = RESULTS/"bench_gpu.json", time.perf_counter()
     found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    rows = found["rows"] if found.get("hardware") == hardware() and not args.fresh else []
+    same = found.get("hardware", {}).get("gpu") == hardware()["gpu"] and not args.fresh
+    rows = [row for row in found.get("rows", []) if "error" not in row] if same else []
     for pair, (own, other) in PAIRS.items():
         student = model(SHAPES[own], processor, "cuda")
         student.gradient_checkpointing_enable({"use_reentrant": False})
         teacher = model(SHAPES[other], processor, "cuda", LAYERS_KEPT.get(other))
         for tokens in args.tokens or LENGTHS:
             widths = dict(student=SHAPES[own].hidden, teacher=SHAPES[other].hidden)
-            pool = [sample(tokens, processor, widths)]
-            forward = teacher_seconds(teacher.to("cuda"), on_device(pool[0], "cuda"))
+            pool = [sample(tokens, processor, widths, device="cuda")]
+            forward = teacher_seconds(teacher, on_device(pool[0], "cuda"))
             for name in [*METHODS, DENSE]:
                 key = dict(pair=pair, tokens=pool[0]["input_ids"].shape[1], method=name)
                 if any(key.items() <= row.items() for row in rows): continue
@@ -357,7 +379,7 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     if torch.cuda.is_available():
         rows = on_card(args, build_processor())
-        print(table(targets(rows)))
+        if rows: print(table(targets(rows)))
     else:
         on_cpu(args, build_processor())
 

@@ -32,7 +32,7 @@ def of_kills(kills) -> str:
     rows = [(name, row["events"], sum(sum(c.values()) for c in row["stops"].values()), sum(c.get("the same bytes", 0) for c in row["stops"].values())) for name, row in kills["cases"].items()]
     others = ", ".join(f"{n} {came}" for came, n in kills["came"].items() if came != "the same bytes")
     left = f" {kills['planned'] - kills['stopped']:,} more were planned: the time was up." if kills["planned"] > kills["stopped"] else ""
-    return (f"**{kills['stopped']:,} moments at which a run was stopped, {same:,} resumed to the same bytes.**{left}" + (f" The others: {others}." if others else "") + " A run is stopped at a file event or at a random moment, by a signal, a full disk or the end of a worker, goes on, and is compared with one that nobody stopped.\n\n"
+    return (f"**{kills['stopped']:,} moments at which a run was stopped, {same:,} resumed to the same bytes; {kills['moments']:,} of them random moments.**{left}" + (f" The others: {others}." if others else "") + " A run is stopped at a file event or at a random moment, by a signal, a full disk or the end of a worker, goes on, and is compared with one that nobody stopped.\n\n"
             + table(["run", "file events", "stopped", "same bytes"], rows))
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, RESULTS, Run, answers, do_all, finished, spent, tests, write
+from common import QUESTIONS, RESULTS, Run, answers, do_all, finished, going_on, spent, tests, write
 from laid_nb.store import read_json
 from reproduce import HAYSTACKS, METHODS, RECOMPOSED, SIMULATED, STEPS, settings
 
@@ -99,6 +99,7 @@ def compared(
 def first_of(table: str, rows) -> str: return list(rows)[-1 if table in LAST else 0]
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     chosen = dict.fromkeys(METHODS, 2e-3) if quick else read_json(RESULTS/"reproduce.json")["search"]["chosen"]

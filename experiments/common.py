@@ -9,16 +9,19 @@ import multiprocessing
 import os
 import random
 import shlex
+import signal
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from laid_nb.evaluate import evaluate
@@ -26,6 +29,8 @@ from laid_nb.haystack import Haystack, drawn_test, drawn_training
 from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
 from laid_nb.parts import StreamPart
 from laid_nb.recompose import unlabelled
+from laid_nb.script import one_line
+from laid_nb.stop import stop_requests, worker_pool
 from laid_nb.store import (
     atomic_write,
     cores,
@@ -47,7 +52,7 @@ WORK = Path(os.environ.get("LAID_WORK", ROOT/"laid-experiments"))  # models, rec
 SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
-STUDENTS = ("student", "near")  # with one vision tower
+STUDENTS = ("student", "near", "small")  # with one vision tower
 USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 
@@ -74,6 +79,20 @@ def write(
     path = RESULTS/f"{name}.json"
     write_json(path, {"made": made} | data)
     log("written:", path.relative_to(ROOT))
+
+
+@contextmanager
+def going_on():
+    "Around the main function of a script: Ctrl-C, SIGTERM, a lost worker and a full disk end it with what goes on."
+    with stop_requests():
+        try:
+            yield
+        except KeyboardInterrupt as e:
+            print(f"stopped; go on with {command()}", file=sys.stderr)
+            raise SystemExit(128 + getattr(e, "number", signal.SIGINT)) from None
+        except (OSError, SafetensorError, BrokenProcessPool) as e:
+            print(f"error: {one_line(e)}; go on with {command()}", file=sys.stderr)
+            raise SystemExit(2) from None
 
 
 @dataclass(frozen=True)
@@ -294,9 +313,14 @@ def do_all(
     pictures("student", **how)  # before the workers start, as all of them read the file
     workers = 1 if torch.cuda.is_available() else min(cores(), len(runs))
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores()//workers))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as executor:
+    with worker_pool(workers, mp_context=multiprocessing.get_context("spawn")) as executor:
         jobs = {executor.submit(_work, run, how): run for run in runs}
-        for i, job in enumerate(as_completed(jobs), 1):
-            run, minutes = jobs[job], (time.time() - start)/60
-            told = " ".join(f"{s}:{100*a:.0f}" for s, a in job.result().items())
-            log(f"{i}/{len(runs)}, {minutes:.0f} min: {run.name}, seed {run.seed}:", told)
+        try:
+            for i, job in enumerate(as_completed(jobs), 1):
+                run, minutes = jobs[job], (time.time() - start)/60
+                told = " ".join(f"{s}:{100*a:.0f}" for s, a in job.result().items())
+                log(f"{i}/{len(runs)}, {minutes:.0f} min: {run.name}, seed {run.seed}:", told)
+        except BaseException:
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            raise

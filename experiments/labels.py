@@ -9,7 +9,7 @@ import sys
 import time
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, RESULTS, Run, answers, do_all, finished_points, spent, tests, write
+from common import QUESTIONS, RESULTS, Run, answers, do_all, finished_points, going_on, spent, tests, write
 from laid_nb.store import read_json
 from reproduce import HAYSTACKS, METHODS, RECOMPOSED, SIMULATED, STEPS, settings
 
@@ -37,6 +37,7 @@ def runs(rates: dict, steps: int, haystacks: int, counts: tuple) -> dict[str, di
     return {"0": taught} | points
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, counts = (3, 24, (16,)) if quick else (STEPS, HAYSTACKS, COUNTS)

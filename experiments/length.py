@@ -9,7 +9,7 @@ import sys
 import time
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, RESULTS, SIZES, Run, answers, do_all, finished_points, spent, tests, write
+from common import QUESTIONS, RESULTS, SIZES, Run, answers, do_all, finished_points, going_on, spent, tests, write
 from laid_nb.store import read_json
 from reproduce import HAYSTACKS, METHODS, RECOMPOSED, SIMULATED, STEPS, settings
 
@@ -27,6 +27,7 @@ def runs(rates: dict, steps: int, haystacks: int, longest: int) -> dict[int, dic
     return found
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks = (2, 24) if quick else (STEPS, HAYSTACKS)

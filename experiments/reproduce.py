@@ -20,6 +20,7 @@ from common import (
     answers,
     do_all,
     finished,
+    going_on,
     log,
     pictures,
     shares,
@@ -168,6 +169,7 @@ def measure(trainings: dict[str, list[Run]], chosen: dict, how: dict) -> tuple[d
     return models, {label: sharpen(trainings[label][0]) for label in SHARPENED}
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, name = time.time(), "reproduce_quick" if quick else "reproduce"
     sizes, questions, seeds, steps, haystacks = SIZES, QUESTIONS, SEEDS, STEPS, HAYSTACKS

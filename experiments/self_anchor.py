@@ -10,7 +10,7 @@ import time
 
 from ablation import RATES
 from analysis import groups, results_of, summary
-from common import QUESTIONS, SEEDS, SIMULATION, SIZES, Run, answers, do_all, finished, spent, tests, write
+from common import QUESTIONS, SEEDS, SIMULATION, SIZES, Run, answers, do_all, finished, going_on, spent, tests, write
 from reproduce import HAYSTACKS, STEPS, questions_of
 
 THIN = -3.0  # log of how often an image counts that nobody asks about; chosen on validation haystacks, seed 0
@@ -31,6 +31,7 @@ def runs(seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
     return {name: every(name, *way) for name, way in WAYS.items()}
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)

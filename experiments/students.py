@@ -25,6 +25,7 @@ from common import (
     answers,
     do_all,
     finished,
+    going_on,
     load,
     pictures,
     spent,
@@ -70,6 +71,7 @@ def ending(student: str, questions: int) -> dict:
     return why.summary(why.measure(model, processor, prompts(model, processor, haystacks, {})))["parts"]
 
 
+@going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)

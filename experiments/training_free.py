@@ -9,7 +9,7 @@ import time
 from functools import partial
 from statistics import fmean
 
-from common import answers, log, pictures, shares, write
+from common import answers, going_on, log, pictures, shares, write
 from laid_nb.baselines import evaluate_with
 from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate
@@ -80,6 +80,7 @@ def search(
                 chosen=chosen, best=best, sharper=sharper)
 
 
+@going_on()
 def main(quick=False):
     start = time.time()
     found = search({k: v[:2] for k, v in TRIED.items()}, questions=12) if quick else search()

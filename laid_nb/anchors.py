@@ -34,7 +34,7 @@ from .haystack import OBJECTS, Question, Scene, render, single_contents
 from .patch import patch
 from .folder import tensor_hash
 from .stop import worker_pool
-from .store import atomic_write, load_model, lock, save_model
+from .store import atomic_write, cores, load_model, lock, save_model
 
 # %% ../nbs/08_anchors.ipynb #chat-template
 _SYSTEM = "You are a helpful assistant."
@@ -91,6 +91,7 @@ SIZES = {
     "student": dict(hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=2,
                     num_key_value_heads=1)}
 SIZES["near"] = SIZES["student"]  # taught on 1-20 images without gaps between their positions
+SIZES["small"] = SIZES["student"] | dict(intermediate_size=64, num_hidden_layers=2)  # taught as the teacher is
 PAIR = ("teacher", "student")  # a vision tower is trained for each; the other students take the student's
 
 def anchor_config(
@@ -129,13 +130,13 @@ def _draw(job):
 def _draw_pool(
     folder: Path,  # where `pictures-{i}.npy` is kept
     drawing: int,  # number of the drawing: every content is drawn once in each
-    workers: int = 2,  # processes that draw
+    workers: int | None = None,  # processes that draw; None: one a core, 16 at most
 ) -> np.ndarray:  # [contents, 56, 56, 3] uint8
     "Every content of `CONTENTS` drawn once; made once and then read from the folder."
     path = Path(folder)/f"pictures-{drawing}.npy"
     if not path.exists():
         jobs = [(drawing*len(CONTENTS) + i, c) for i, c in enumerate(CONTENTS)]
-        with worker_pool(workers) as pool:
+        with worker_pool(workers or min(16, cores())) as pool:
             drawn = pool.map(_draw, jobs, chunksize=256)
             pictures = list(tqdm(drawn, total=len(jobs), desc=f"drawing {drawing}"))
         with atomic_write(path) as part:
@@ -236,7 +237,8 @@ def forward(
     "What each model gets to see of 56-pixel pictures."
     n, trunk = len(patches)//16, next(iter(self.towers.values()))
     hidden, whole = trunk.patch_embed(patches), torch.tensor([0, len(patches)])
-    rope = trunk.rotary_pos_emb(hidden, get_vision_position_ids(torch.tensor([[1, 4, 4]]).repeat(n, 1), 2))
+    places = get_vision_position_ids(torch.tensor([[1, 4, 4]]).repeat(n, 1), 2).to(hidden.device)
+    rope = trunk.rotary_pos_emb(hidden, places)
     for i, block in enumerate(trunk.blocks):
         chunk = 16 if i in trunk.fullatt_block_indexes else 4
         hidden = block(hidden, cu_seqlens=whole, position_embeddings=rope, chunk=chunk)
@@ -292,8 +294,8 @@ def _vision_cycle(
     optimiser = torch.optim.AdamW(namer.parameters(), rate, betas=(.9, .98), weight_decay=.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, steps, pct_start=.1)
     bar = tqdm(batches, total=steps, desc=name)
-    for step, (patches, labels) in enumerate(bar):
-        loss, exact = _vision_loss(namer, patches, labels)
+    for step, batch in enumerate(bar):
+        loss, exact = _vision_loss(namer, *(x.to(namer.gain.device) for x in batch))
         _descend(namer, optimiser, loss)
         schedule.step()
         if step % 20 == 0:
@@ -350,9 +352,9 @@ def _embed_pool(
         image, parts = processor.image_processor, {name: [] for name in namer.towers}
         for pictures in (_draw_pool(folder, drawing) for drawing in (0, 1)):
             for i in tqdm(range(0, len(pictures), 256), desc="embedding"):
-                tokens = namer(patchify(pictures[i:i + 256], image.image_mean, image.image_std))
-                for name, x in tokens.items():
-                    parts[name].append(x.half())
+                patches = patchify(pictures[i:i + 256], image.image_mean, image.image_std)
+                for name, x in namer(patches.to(namer.gain.device)).items():
+                    parts[name].append(x.half().cpu())
         with atomic_write(path) as part:
             save_file({name: torch.cat(x).view(2, len(CONTENTS), 4, -1) for name, x in parts.items()}, part)
     return load_file(path)
@@ -538,9 +540,10 @@ def looking_loss(
         q, k = cache["q", layer], cache["k", layer]
         query = q[batch, :, row].unflatten(1, (k.shape[1], -1))  # [n, kv_heads, group, head_dim]
         logits = torch.einsum("nkgd,nksd->nkgs", query, k[batch])*cache.scaling[layer]
-        later = torch.arange(k.shape[2]) > row[:, None]
+        later = torch.arange(k.shape[2], device=k.device) > row[:, None]
         logits = logits.masked_fill(later[:, None, None], -torch.inf)
-        wanted = (first[:, None] + torch.arange(tokens))[:, None, None].expand(-1, *logits.shape[1:3], -1)
+        wanted = first[:, None] + torch.arange(tokens, device=k.device)
+        wanted = wanted[:, None, None].expand(-1, *logits.shape[1:3], -1)
         mass.append(logits.log_softmax(-1).gather(-1, wanted).logsumexp(-1).flatten(1))
     return -torch.cat(mass, 1).amax(1).mean()
 
@@ -572,7 +575,7 @@ def _language_loss(
     x = x.masked_scatter((batch.ids == model.config.image_token_id)[..., None], shown)
     with capture(model, layers=[0, 1] if guided else []) as cache:
         hidden = text(inputs_embeds=x, position_ids=batch.positions, use_cache=False).last_hidden_state[:, :-1]
-    look = _both_looks(cache, batch.looks) if guided else torch.zeros(())
+    look = _both_looks(cache, batch.looks) if guided else hidden.new_zeros(())
     wanted = batch.labels[:, 1:]
     asked = wanted != -100
     logits, gold = model.lm_head(hidden[asked]), wanted[asked]
@@ -641,7 +644,7 @@ def _resume(
 ) -> dict:
     "State of a training: that of its checkpoint, or of its start."
     if not path.exists(): return dict(step=0, reach=5, lists=.5, accuracy=.5, list_loss=3., look=3., hint=1.)
-    saved = torch.load(path, weights_only=True)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
     trained.load_state_dict(saved["weights"])
     optimiser.load_state_dict(saved["optimiser"])
     return saved["state"]
@@ -670,7 +673,7 @@ def _train_language(
     answers = tuple(tokenizer(word)["input_ids"][0] for word in ("Yes", "No"))
     trained = nn.ModuleDict(dict(text=model.model.language_model, head=model.lm_head))
     optimiser = _optimiser(trained, rate)
-    state, until = _resume(path, trained, optimiser), min(until or steps, steps)
+    state, until, pictures = _resume(path, trained, optimiser), min(until or steps, steps), pictures.to(model.device)
     bar = tqdm(total=steps, initial=state["step"], desc=name)
     while state["step"] < until:
         step, reach = state["step"], int(state["reach"])
@@ -681,6 +684,7 @@ def _train_language(
             optimiser.param_groups[2]["weight_decay"] = decay
         batch = _next_batch(rng, conversations, state, tokens, hints)
         drawn = torch.from_numpy(rng.integers(len(pictures), size=batch.contents.shape))
+        batch, drawn = _Batch(*(x.to(model.device) for x in batch)), drawn.to(model.device)
         loss, parts, right = _language_loss(model, batch, pictures, drawn, answers, hints)
         _descend(trained, optimiser, loss)
         images = batch.contents.shape[1]
@@ -702,6 +706,7 @@ _TRAINING = {
     "teacher": dict(steps=2600, longest=150, rate=1.2e-3, tokens=2700),
     "student": dict(steps=4200, longest=5, rate=1.6e-3, tokens=3600, guided=4/7, decay=1.5),
     "near": dict(steps=2600, longest=20, rate=1.2e-3, tokens=2700, max_position=0)}
+_TRAINING["small"] = _TRAINING["teacher"]
 
 def _take_towers(
     namer: Namer,  # changed in place
@@ -730,6 +735,7 @@ def make_anchors(
     out: Path,  # each model is saved to a folder of its name
     models: list[str] | None = None,  # of `SIZES`; None: all
     towers: Path | None = None,  # a pair whose vision towers are taken; None: they are trained
+    device: str = "cpu",  # or "cuda"; what is drawn by lot is drawn on the CPU
 ) -> None:
     """Train models from pixels and save them, in about three hours on 2 cores. Ours.
 
@@ -747,9 +753,10 @@ def make_anchors(
         if towers:
             _take_towers(namer, towers)
         else:
-            _train_vision(namer, processor, folder)
-        pictures = _embed_pool(namer, processor, folder)
+            _train_vision(namer.to(device), processor, folder)
+        pictures = _embed_pool(namer.to(device), processor, folder)
+        namer.to("cpu")
         for name in models:
             model, shown = anchor_model(name, processor.tokenizer, namer), pictures[_tower_of(name)]
-            _train_language(name, model, processor.tokenizer, shown, folder, **_TRAINING[name])
-            _save_anchor(model.eval(), processor, out/name)
+            _train_language(name, model.to(device), processor.tokenizer, shown, folder, **_TRAINING[name])
+            _save_anchor(model.cpu().eval(), processor, out/name)

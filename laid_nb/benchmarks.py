@@ -18,7 +18,7 @@ from typing import NamedTuple
 from . import vhs
 from .haystack import OBJECTS, YES_NO, Haystack, Question
 from .readers import read_llava, read_mmlongbench, read_table
-from .store import atomic_write
+from .store import atomic_write, naming
 from .vhs import VHS_PROMPT, ImageFinder, read_entries, read_field, read_texts, read_vhs
 
 # %% ../nbs/07b_benchmarks.ipynb #table
@@ -97,8 +97,11 @@ def read_haystacks(
         if name not in row.columns: raise ValueError(f"--{name} is not for the benchmark {benchmark!r}")
     if image_root is None and not row.columns:
         raise ValueError("--data needs --image_root, the folder that its image paths start from")
-    files = _files(paths, row, benchmark)
-    return _told_apart(files, [row.read(file, image_root, **columns) for file in files])
+    files, found = _files(paths, row, benchmark), []
+    for file in files:
+        with naming(file):
+            found.append(row.read(file, image_root, **columns))
+    return _told_apart(files, found)
 
 # %% ../nbs/07b_benchmarks.ipynb #choices
 def _choice_question(entry, n_images, where):

@@ -34,7 +34,7 @@ from laid_nb.script import (
 )
 from .stop import stop_requests
 from laid_nb.store import (
-    atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, prepare_process,
+    atomic_write, check_sizes, data_path, how_to_install, load_model, model_path, naming, prepare_process,
     remove_on_failure, write_json
 )
 
@@ -173,13 +173,15 @@ def _ask_all(model, processor, haystacks, out, ways, asked) -> list[dict]:
     from laid_nb.evaluate import evaluate as ask_all
     for method, values in ways.items():
         ask_all = functools.partial(evaluate_with, method, values)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return ask_all(model, processor, haystacks, out, together=True, **asked)
+    with naming(f"the model {asked['name']!r}"):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        return ask_all(model, processor, haystacks, out, together=True, **asked)
 
 def _load_limited(model: str, dtype: str, attention: str | None, limits: tuple):  # -> (model, processor)
     "A model, and its processor with these limits on pixels."
     loaded, processor = load_model(model, dtype, attention=attention)
-    limit_pixels(processor, *limits)
+    with naming(f"the model {model!r}"):
+        limit_pixels(processor, *limits)
     return loaded, processor
 
 # %% ../nbs/13_cli.ipynb #eval-report
@@ -403,7 +405,7 @@ def train(
     refuse_bad_pictures(stacks + tests)
     _say_plan(student, teacher, args, stacks)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    with _until_stopped(out) as callback:
+    with _until_stopped(out) as callback, naming(f"{student!r} taught by {teacher!r}"):
         with remove_on_failure(out, keep=lambda path: args.process_index > 0 or bool(checkpoints(path))):
             trainer = _trainer(student, teacher, args, simulation, stacks, tests, before, callback)
             trainer.train(resume_from_checkpoint=begin)
@@ -504,8 +506,10 @@ def check(*args, **kwargs):
     stacks = read(data) if data else drawn_training(given["sizes"], given["haystacks"], args.seed, kind)
     tests = _validation_set(stacks, read, *(given[f"eval_{name}"] for name in ("data", "sizes", "questions")), kind)
     before = (BENCHMARKS[benchmark].prompt if data else "") if prompt is None else prompt
-    case = _case(given["student"], given["teacher"], args, simulation, stacks, before, tests=tests)
-    report = run_checks(case, say=lambda found: print(found, flush=True))
+    student, teacher = given["student"], given["teacher"]
+    with naming(f"{student!r} taught by {teacher!r}"):
+        case = _case(student, teacher, args, simulation, stacks, before, tests=tests)
+        report = run_checks(case, say=lambda found: print(found, flush=True))
     faults = [found.check for found in report if found.kind == "fault"]
     if faults: raise ValueError(f"{len(faults)} faults, see above: {', '.join(dict.fromkeys(faults))}")
     return report
@@ -618,12 +622,13 @@ def spectra(
     from laid_nb.capture import capture
     from laid_nb.inputs import HaystackCollator, image_inputs
     from laid_nb.spectra import distance_response
-    loaded, processor = load_model(model)
-    batch = HaystackCollator(processor)([haystack])
-    batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
-    with torch.no_grad(), capture(loaded.to(device), layers) as cache:
-        loaded(**image_inputs(loaded, batch, "student"), logits_to_keep=1, use_cache=False)
-    response = torch.stack([distance_response(cache["q", l], cache["k", l]) for l in cache.layers]).cpu()
+    with naming(f"the model {model!r}"):
+        loaded, processor = load_model(model)
+        batch = HaystackCollator(processor)([haystack])
+        batch = {k: v.to(device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        with torch.no_grad(), capture(loaded.to(device), layers) as cache:
+            loaded(**image_inputs(loaded, batch, "student"), logits_to_keep=1, use_cache=False)
+        response = torch.stack([distance_response(cache["q", l], cache["k", l]) for l in cache.layers]).cpu()
     about = dict(layers=cache.layers, images=len(haystack.images), tokens=batch["input_ids"].shape[1])
     for path in out:
         with atomic_write(path) as part:
@@ -707,13 +712,13 @@ def inspect(
 def anchors(
     out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
-    models: list[str] | None = None,  # teacher, student, near (default all three)
+    models: list[str] | None = None,  # teacher, student, near, small (default all)
     towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
 ):
     "Train the embedded models again, from pixels."
-    prepare_process()
+    device = prepare_process()
     from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out), models, towers)
+    make_anchors(Path(folder), Path(out), models, towers, device)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms
@@ -764,13 +769,16 @@ def demo(
 def real(
     rows: list[str] = ("self-anchored", "anchor", "KD + gain", "SFT"),  # trainings, with those they need
     seeds: list[int] = (0,),  # of trainings
-    out: str = "laid-real",  # results; a run that was stopped goes on there
+    out: str | None = None,  # results; a stopped run goes on there (default laid-real, or laid-real-pictures)
+    pictures: bool = False,  # the items are pictures, and the model gets the embedded vision tower
+    sizes: _Sizes | None = None,  # items of a test haystack, such as 1,20,100 (default 1,5,20,50,100,150,300)
     questions: _Count | None = None,  # at each size (default 48)
 ):  # -> laid_nb.accuracy.Results
-    "Teach SmolLM2-135M text haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
+    "Teach SmolLM2-135M haystacks of 1–5 items, grow its window from 1–20 items, and measure it."
     from laid_nb.real import Real, run_real
-    given = dict(rows=list(rows), seeds=tuple(seeds), out=out, questions=questions)
-    return run_real(Real(**_given(questions=questions)), out, rows, seeds, command_line("laid real", real, **given))
+    plan = _given(questions=questions, sizes=sizes) | dict(pictures=pictures)
+    command = command_line("laid real", real, rows=list(rows), seeds=tuple(seeds), out=out, **plan)
+    return run_real(Real(**plan), out or "laid-real" + "-pictures"*pictures, rows, seeds, command)
 
 # %% ../nbs/13_cli.ipynb #main
 COMMANDS = {"demo": demo, "plan": plan, "check": check, "train": train, "eval": evaluate, "lmms": lmms,
@@ -786,7 +794,7 @@ def parser() -> CommandParser:
         add_command(commands, name, function, _train_help if function in (train, check) else None)
     return top
 
-_GO_ON = ("demo", "train", "eval", "anchors")  # commands that a second call goes on with
+_GO_ON = ("demo", "train", "eval", "anchors", "real")  # commands that a second call goes on with
 _AGAIN = ("--fresh", "--overwrite_output_dir", "--debug")  # flags of the first call alone
 
 def _say_stopped(

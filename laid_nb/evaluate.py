@@ -377,13 +377,17 @@ def _scored(question, log_p):
     chosen = question.choices[log_p.index(max(log_p))]
     return dict(margin=margin, mass=mass, correct=margin > 0, choices=list(question.choices), chosen=chosen)
 
+def _about(haystack, turn):
+    "What a record says of its question."
+    question = haystack.questions[turn]
+    return dict(size=len(haystack.images), needles=list(question.needles), kind=question.kind, answer=question.answer)
+
 def _record(haystack, mark, turn, log_p, reply):
     "One question's record; log_p [most choices], -inf behind the question's own; reply: the written answer, or None."
     question = haystack.questions[turn]
     log_p = log_p[:len(question.choices)].tolist()
     _check_finite(haystack, turn, log_p)
-    about = dict(haystack=haystack.id, question=turn, fingerprint=mark, size=len(haystack.images),
-                 needles=list(question.needles), kind=question.kind, answer=question.answer)
+    about = dict(haystack=haystack.id, question=turn, fingerprint=mark) | _about(haystack, turn)
     written = {} if reply is None else read_answer(question, reply)
     return about | _scored(question, log_p) | written
 
@@ -435,6 +439,12 @@ def read_answer(
 
 # %% ../nbs/10a_evaluate.ipynb #read
 _RECORD = dict(haystack=str, question=int, fingerprint=str, correct=bool)  # what every record has
+_COUNTED = dict(size=int, margin=float, mass=float, compliant=bool, choices=list)  # what is counted where it is there
+
+def _is_record(row):
+    "Whether a line of a file is a record of a question."
+    if not (isinstance(row, dict) and row.keys() >= _RECORD.keys()): return False
+    return all(type(row[name]) is kind for name, kind in (_RECORD | _COUNTED).items() if name in row)
 
 def read_records(
     path: str | Path,  # JSONL file written by `evaluate`
@@ -450,7 +460,7 @@ def read_records(
     if not (isinstance(header, dict) and "laid_evaluation" in header):
         raise ValueError(f"{path} is not an evaluation of laid_nb: its first line does not say so")
     for number, row in enumerate(rows, 2):
-        if not (isinstance(row, dict) and all(type(row.get(name)) is kind for name, kind in _RECORD.items())):
+        if not _is_record(row):
             raise ValueError(f"{path} is not an evaluation of laid_nb: line {number} is no record")
         found.setdefault((str(row["haystack"]), str(row["question"])), row)
     if len(found) < len(rows):
@@ -515,6 +525,26 @@ def _append(path, records):
         f.write("".join(json.dumps(r) + "\n" for r in records))
         f.flush()
         os.fsync(f.fileno())
+
+# %% ../nbs/10a_evaluate.ipynb #told
+def _answers_it(record, haystack, length):
+    "Whether a record is of a question of its haystack, with its numbers; length: of a written answer, 0 for none."
+    if not 0 <= record["question"] < len(haystack.questions): return False
+    about, question = _about(haystack, record["question"]), haystack.questions[record["question"]]
+    if question.choices not in ((), YES_NO):
+        about["choices"] = list(question.choices)
+    if any(record.get(name) != value for name, value in about.items()): return False
+    numbers = [record.get(name, math.nan) for name in ("margin", "mass")]
+    written = not length or isinstance(record.get("response"), str) and "compliant" in record
+    return written and all(map(math.isfinite, numbers))
+
+def _check_answers(path, records, haystacks, length):
+    "Refuse records that say of their questions what the haystacks do not."
+    known = {h.id: h for h in haystacks}
+    for r in records:
+        if not _answers_it(r, known[r["haystack"]], length):
+            raise ValueError(f"{path}: the record of question {r['question']} of haystack {r['haystack']!r} says of it "
+                             "what is not so, or lacks a number: give a new path, or remove the file")
 
 # %% ../nbs/10a_evaluate.ipynb #processes
 def _place(together) -> tuple[int, int]:
@@ -667,6 +697,7 @@ def evaluate(
     how = asking, features, marks, batch, length, prompt, size, max_batch_tokens
     with ExitStack() as held, _evaluating(model):
         there, *_ = _shared(place, lambda: held.enter_context(_own_file(path, header, marks)) if path else [])
+        _check_answers(path, there, haystacks, length)
         records = {(r["haystack"], r["question"]): r for r in there}
         groups = _groups(haystacks, records, 1 if asking or method else batch)
         show = held.enter_context(_bar(haystacks, there, name, progress and place[0] == 0))

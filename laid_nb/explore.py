@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, urlsplit
 from .haystack import Haystack, haystack_fingerprint, picture_haystack
 from .page import fragment, page_html
 from laid_nb.store import (
-    atomic_write, data_path, load_model, model_fingerprint, model_path, prepare_process, read_json, short_hash,
-    write_json
+    atomic_write, data_path, load_model, model_fingerprint, model_path, naming, prepare_process, read_json,
+    short_hash, write_json
 )
 
 # %% ../nbs/12h_explore.ipynb #views
@@ -136,7 +136,7 @@ def kept_heads(
         files[n] = models.file.parent/f"{key}-{n}-{_mark(some)}.safetensors"
         if files[n].exists(): continue
         from laid_nb.inspector import read_heads
-        with atomic_write(files[n]) as part:
+        with atomic_write(files[n]) as part, naming(f"the model {name!r}"):
             read_heads(*models.load(name), some, short, progress=True, memory=memory).save(part)
     return list(files.values())
 
@@ -152,9 +152,20 @@ def kept_looks(
         files.append(models.file.parent/f"{key}-look-{_mark([haystack])}.safetensors")
         if files[-1].exists(): continue
         from laid_nb.viewer import read_attention
-        with atomic_write(files[-1]) as part:
+        with atomic_write(files[-1]) as part, naming(f"the model {name!r}"):
             read_attention(*models.load(name), haystack, short, progress=True).save(part)
     return files
+
+# %% ../nbs/12h_explore.ipynb #read-views
+_VIEW = dict(heading=str, lead=str, words=str, state=dict)
+
+def _read_views(file):
+    "Views that were kept. `ValueError` for a file that holds something else."
+    views = read_json(file)
+    def is_view(x): return isinstance(x, dict) and all(isinstance(x.get(name), kind) for name, kind in _VIEW.items())
+    if not (isinstance(views, list) and all(map(is_view, views))):
+        raise ValueError(f"{file} holds no views: remove it, and they will be made again")
+    return views
 
 # %% ../nbs/12h_explore.ipynb #collected
 def _viewers(asked, files):  # files of ImageAttention, [models, haystacks]
@@ -191,13 +202,14 @@ def kept_views(
     read = [_mark(some) for some in [*stacks.values(), *([h] for h in asked)]]
     key = short_hash(marks, list(names.values()), read)
     file = Path(out)/f"views-{key}.json"
-    if file.exists(): return read_json(file)
+    if file.exists(): return _read_views(file)
     heads, looks = {}, {}
     for name, short in names.items():
         say(f"reading {short}")
         heads[short] = kept_heads(models, name, short, stacks, memory)
         looks[short] = kept_looks(models, name, short, asked)
-    views = [view_of(view) for view in (*_viewers(asked, looks), _inspector(heads))]
+    with naming(f"a reading in {out}"):
+        views = [view_of(view) for view in (*_viewers(asked, looks), _inspector(heads))]
     write_json(file, views)
     return views
 
@@ -305,7 +317,8 @@ def show_models(
     "Make the page of models and let the server show it."
     def say(text): server.page = waiting_page(text)
     views = shipped_views() if stacks is None else kept_views(names, stacks, asked, out, memory, say)
-    server.page = page_of(f"Where they look: {', '.join(names.values())}", views)
+    with naming(f"a view in {out}"):
+        server.page = page_of(f"Where they look: {', '.join(names.values())}", views)
     with atomic_write(out/"index.html") as part:
         part.write_text(server.page, encoding="utf-8")
     return out/"index.html"

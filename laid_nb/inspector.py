@@ -21,7 +21,7 @@ import traitlets
 from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -442,7 +442,8 @@ class HeadSpectra:
         "Read a file that `save` wrote. ValueError for another one."
         try:
             return cls(**_read_file(path))
-        except (SafetensorError, KeyError, TypeError) as e:
+        except FileNotFoundError: raise
+        except Exception as e:  # safetensors, JSON and torch raise errors of many types
             raise ValueError(f"{path} does not hold the spectra of heads: {e}") from None
 
 # %% ../nbs/12_inspector.ipynb #spectra-file

@@ -7,6 +7,7 @@ __all__ = ['LONGEST', 'decode_picture', 'BadPicture', 'MissingPicture', 'open_pi
            'check_pictures', 'refuse_bad_pictures']
 
 # %% ../nbs/06c_pictures.ipynb #imports
+import ctypes
 import functools
 import hashlib
 import os
@@ -16,6 +17,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import PIL
 from PIL import Image, ImageCms, ImageOps
 from tqdm.auto import tqdm
 
@@ -174,6 +176,16 @@ def picture_hash(
         return _file_hash(os.fspath(source), about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino)
     except FileNotFoundError: raise MissingPicture(f"no such image: {source}") from None
     except OSError as e: raise BadPicture(f"cannot read image {source}: {_reason(e, source)}") from None
+
+# %% ../nbs/06c_pictures.ipynb #libtiff
+def _silence_libtiff():
+    "libtiff prints what is wrong with a file, which we say ourselves. Where Pillow has no copy of its own: nothing."
+    for file in Path(PIL.__file__).parent.parent.glob("pillow.libs/libtiff*"):
+        library = ctypes.CDLL(str(file))
+        library.TIFFSetErrorHandler(None)
+        library.TIFFSetWarningHandler(None)
+
+_silence_libtiff()
 
 # %% ../nbs/06c_pictures.ipynb #check
 def _wrong(source):

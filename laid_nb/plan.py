@@ -8,6 +8,7 @@ __all__ = ['CARDS', 'Sample', 'image_grid', 'sample_tokens', 'limit_sample', 'Li
 
 # %% ../nbs/09e_plan.ipynb #imports
 import copy
+import logging
 import math
 import weakref
 from collections import Counter
@@ -27,6 +28,9 @@ from .limits import check_pixels, pixels_of_each
 from .losses import TERMS, Evidence
 from .parts import BiasPart, LoraPart, MixingPart, make_parts
 from .patch import patch
+
+# %% ../nbs/09e_plan.ipynb #quiet
+logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # prints what it raises as well
 
 # %% ../nbs/09e_plan.ipynb #sample
 @dataclass(frozen=True)
@@ -324,6 +328,7 @@ def simulate_step(
 ) -> dict[str, Counter]:  # phase -> kind -> bytes alive at its peak, beside weights
     "What a micro-batch needs beside weights, gradients and optimiser states, without numbers. Ours."
     total, settings = student.get_text_config().num_hidden_layers, copy.copy(args)
+    vars(settings)["_setup_devices"] = torch.device("cpu")  # what TrainingArguments.device is: no card is touched
     for name in [name for name in _BY_BLOCKS if args.weights.get(name)]:
         setattr(settings, f"lambda_{name}", 0.0)
     explicit = args.layers not in ("last", "depth", "best", "needle")

@@ -40,7 +40,8 @@ def read_mmlongbench(
     for number, (where, entry) in enumerate(read_entries(json_path, image_root, "a file of MMLongBench")):
         names = [_context(item, where) for item in read_field(entry, "ctxs", list, where)]
         if not names: raise ValueError(f"{where}: the field 'ctxs' is empty")
-        marked = {_context(item, where) for item in entry.get("positive_ctxs") or ()}
+        right = [] if entry.get("positive_ctxs") is None else read_field(entry, "positive_ctxs", list, where)
+        marked = {_context(item, where) for item in right}
         needles = tuple(i for i, name in enumerate(names) if name in marked)
         words, answer = (read_field(entry, name, str, where) for name in ("question", "answer"))
         question = _binary_question(words, answer, needles, where)

@@ -293,7 +293,7 @@ def one_line(
     error: BaseException,
 ) -> str:
     "An error in one line of printable characters, at most 2,000."
-    said = str(error).strip()
+    said = str(error).strip(" \n\r\t")  # other white space may be of a name
     if isinstance(error, ModuleNotFoundError) and error.name:
         said = f"{said}: {how_to_install(error.name)}"
     if isinstance(error, MemoryError):

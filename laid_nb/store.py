@@ -174,6 +174,29 @@ def read_tensors(
     except Exception as e:  # safetensors raises errors of its own, and torch's for types that it does not know
         raise ValueError(f"{path} is no whole safetensors file: {_first_line(e)}") from None
 
+# %% ../nbs/06a_store.ipynb #naming
+def _meant(
+    error: Exception,
+) -> bool:  # whether it says what is wrong
+    "An error of the operating system, of a package that is not there, or a `ValueError` that our own code raised."
+    if isinstance(error, (OSError, ImportError)): return True
+    at = error.__traceback__
+    while at.tb_next:
+        at = at.tb_next
+    raised = at.tb_frame.f_globals.get("__name__", "").split(".")[0]
+    return isinstance(error, ValueError) and raised in (__package__, "__main__")  # a notebook is the main module
+
+@contextmanager
+def naming(
+    what,  # a file, a folder or a model that the block works with
+):
+    "An error that nobody meant to raise becomes a `ValueError` that begins with what it is about. Ours."
+    try:
+        yield
+    except Exception as e:
+        if _meant(e): raise
+        raise ValueError(f"{what} cannot be used: {type(e).__name__}: {_first_line(e)}") from e
+
 # %% ../nbs/06a_store.ipynb #sizes
 DEEPEST, LARGEST = 2_000, 2**24  # layers, and any other size, that a config may declare
 _SIZE = re.compile(r"(size|dim|heads|layers|depth|experts|channels|width|positions|embeddings|length)s?$")
@@ -315,7 +338,7 @@ def how_to_install(
     return f"pip install {f'laid_nb[{extra[1]}]' if extra else package!r}".replace("'", '"')
 
 # %% ../nbs/06a_store.ipynb #load
-EMBEDDED = ("teacher", "student", "distilled", "near")  # models that ship with the package
+EMBEDDED = ("teacher", "student", "distilled", "near", "small")  # models that ship with the package
 
 def model_path(
     name: str,  # folder, hub name, or one of EMBEDDED
@@ -660,6 +683,6 @@ def hardware() -> dict:
                 cores=cores(), threads=torch.get_num_threads(), gpu=gpu)
 
 def versions() -> dict:
-    "Of Python, this package and the libraries that numbers depend on."
-    names = ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy")
+    "Of Python, this package and the libraries that numbers depend on, of those that are installed."
+    names = filter(util.find_spec, ("torch", "torchvision", "transformers", "accelerate", "datasets", "numpy"))
     return dict(laid_nb=__version__, python=platform.python_version(), **{n: metadata.version(n) for n in names})

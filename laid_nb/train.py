@@ -65,8 +65,8 @@ from laid_nb.guards import (
 )
 from .stop import Stopped, StopRequest, end_if_unsent
 from laid_nb.store import (
-    atomic_write, lock, mend_generation, processor_fingerprint, read_json, settle_checkpoint, short_hash, tokenizer_of,
-    weights_fingerprint, write_json
+    atomic_write, lock, mend_generation, naming, processor_fingerprint, read_json, settle_checkpoint, short_hash,
+    tokenizer_of, weights_fingerprint, write_json
 )
 
 # %% ../nbs/09b_train.ipynb #term-settings
@@ -1131,16 +1131,19 @@ def restore(
     folder,  # of a checkpoint
 ) -> None:
     "Student and parts from a checkpoint. ValueError where it holds other parts than this training has."
-    folder = Path(folder)
+    folder, saved = Path(folder), {}
     check_parts(folder, self.parts)
-    for part in self.parts:
-        part.load_state(folder)
-    own, saved = full_state(self.model), {}
-    if own:
-        saved = self.kind.from_pretrained(folder, dtype="auto", use_safetensors=True).state_dict()
+    with naming(folder):
         for part in self.parts:
-            saved = part.unstock(folder, saved, own)
-    load_full_state(self.model, saved, strict=not self.args.lora_rank)
+            part.load_state(folder)
+        own = full_state(self.model)
+        if own:
+            read = self.kind.from_pretrained(folder, dtype="auto", use_safetensors=True, output_loading_info=True)
+            saved, lacking = read[0].state_dict(), sorted(read[1]["missing_keys"])
+            if lacking: raise ValueError(f"{folder} lacks {len(lacking)} weights, such as {lacking[0]}")
+            for part in self.parts:
+                saved = part.unstock(folder, saved, own)
+        load_full_state(self.model, saved, strict=not self.args.lora_rank)
 
 @patch
 def _load_from_checkpoint(self: LaidTrainer, resume_from_checkpoint, model=None): "`begin` does it, for every engine."

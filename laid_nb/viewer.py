@@ -19,7 +19,6 @@ import traitlets
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.nn.functional import one_hot, pad
 from tqdm.auto import tqdm
@@ -33,6 +32,7 @@ from .inspector import COLOURS, View
 from .page import packed
 from .patch import patch
 from .spectra import figure_words
+from .store import naming, read_tensors
 
 # %% ../nbs/12c_viewer.ipynb #reading
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class ImageAttention:
         path,  # from `save`
     ):  # -> ImageAttention
         "Read what `save` wrote. `ValueError` for another file."
-        with safe_open(path, "pt") as f:
-            meta, tensors = f.metadata() or {}, {name: f.get_tensor(name) for name in f.keys()}
+        tensors, meta = read_tensors(path)
         if not {"name", "haystack", "words"} <= meta.keys() or tensors.keys() != {"attention", "log_p", "right"}:
             raise ValueError(f"{path} holds no ImageAttention: its tensors are {', '.join(tensors)}")
-        words = tuple(map(tuple, json.loads(meta["words"])))
-        left_out = {int(layer): why for layer, why in json.loads(meta.get("left_out", "{}")).items()}
-        return cls(meta["name"], meta["haystack"], words, tensors["attention"].float(), tensors["log_p"],
-                   tensors["right"], left_out)
+        with naming(path):
+            words = tuple(map(tuple, json.loads(meta["words"])))
+            left_out = {int(layer): why for layer, why in json.loads(meta.get("left_out", "{}")).items()}
+            return cls(meta["name"], meta["haystack"], words, tensors["attention"].float(), tensors["log_p"],
+                       tensors["right"], left_out)
 
 # %% ../nbs/12c_viewer.ipynb #rows
 def _rows(

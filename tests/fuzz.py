@@ -335,7 +335,7 @@ def kept(draw, folder, bench):
 TARGETS = {"files": (files, .34), "images": (images, .2), "configs": (configs, .14), "command lines": (command_lines, .1), "checkpoints": (checkpoints, .1), "kept": (kept, .05), "trainings": (trainings, .05), "runs": (runs, .02)}  # share of the cases
 
 # --- one case -----------------------------------------------------------------------
-BAR = re.compile(r"^_?(TIFF|LZW|Zip|Fax|JPEG|Pixar|Log)\w*: |^\S+\.tif: |\d+%\||it/s\]|\?it/s|question/s\]|s/it\]|examples/s\]|\?B/s")
+BAR = re.compile(r"\d+%\||it/s\]|\?it/s|question/s\]|s/it\]|examples/s\]|\?B/s")
 
 
 def said(stderr):

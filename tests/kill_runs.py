@@ -2,7 +2,7 @@
 
 python tests/kill_runs.py [--quick] [--only train-laid,eval] [--points 12] [--moments 4] [--out data/results/kills.json]
 
-Everything that is slow to import is imported once; every run is forked from here, in a session of its own, so that whatever it leaves behind is seen. A run is the real command, on a tiny pair. It is stopped
+Everything that is slow to import is imported once; every run is forked from here, in a session of its own, so that whatever it leaves behind is seen. A run is the real command, on a tiny pair; that of `experiments` is two trainings, their answers and a result file, on the embedded pair. It is stopped
 - at a file event: the n-th time that it opens, writes, renames or removes something below its folder (an audit hook counts; a file that torch or safetensors writes counts three times: before, when half of it is on the disk, after),
 - at a random moment,
 by SIGKILL, SIGTERM, SIGINT (to all its processes, as a terminal or a launcher sends them), by a full disk (from that event on nothing can be opened for writing; `limit`: the kernel lets no file grow beyond some kB), or by the end of a worker.
@@ -11,6 +11,7 @@ import argparse
 import atexit
 import errno
 import hashlib
+import multiprocessing
 import os
 import random
 import resource
@@ -24,6 +25,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "TRANSFORMERS_VERBOSITY": "error"}
 
@@ -32,6 +34,7 @@ import torch
 from transformers.utils import logging
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT/"experiments"))
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT}
 COUNTED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link"}
 
@@ -44,7 +47,7 @@ class Events:
     def hook(self, event, args):
         if event not in COUNTED or self.busy or not isinstance(args[0], (str, os.PathLike)): return
         path = os.path.abspath(args[0])
-        reads = event == "open" and isinstance(args[1], str) and not set(args[1]) & set("wax+")
+        reads = event == "open" and not args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
         if path.startswith(self.root) and not reads: self.tick(event)
 
     def tick(self, event, torn=None):
@@ -77,6 +80,7 @@ def counted(save):
 torch.save, safetensors.torch.save_file = counted(torch.save), counted(safetensors.torch.save_file)  # before others take their names
 
 logging.disable_progress_bar()
+import common  # noqa: E402
 from laid_nb import anchors, cli, demo, evaluate, haystack, store, train  # noqa: E402, F401
 from laid_nb.anchors import anchor_config, build_processor  # noqa: E402
 from laid_nb.checkpoint import checkpoints  # noqa: E402
@@ -96,6 +100,7 @@ class Case:
     saves: str = ""  # folder whose checkpoints it goes on from; "": it goes on by itself
     done: str = ""  # what is there when there is nothing to go on with
     prepare: object = None  # called in the process
+    main: object = cli.main  # called with the arguments -> exit code
 
 
 TRAIN = ["train", "--teacher", "PAIR/teacher", "--student", "PAIR/student", "--pictures", "--sizes", "2-3", "--haystacks", "6", "--max_steps", "4", "--save_steps", "2", "--save_total_limit", "1", "--report_to", "none",
@@ -126,10 +131,26 @@ def small_anchors():
     anchors._TRAINING = {name: dict(steps=4, longest=6, tokens=400) for name in anchors.SIZES}
 
 
+def small_experiment(argv):
+    "What the scripts of the experiments do, below a folder, with a time that stands still. Workers are forked, as nothing is to be imported anew."
+    common.ROOT, common.WORK, common.RESULTS, common.now = *(Path(argv[0])/name for name in ("", "work", "results")), str
+    common.time = SimpleNamespace(time=float, strftime=time.strftime)
+    common.multiprocessing = SimpleNamespace(get_context=lambda _: multiprocessing.get_context("fork"), active_children=multiprocessing.active_children)
+    few = dict(haystacks=3, images=(1, 3), steps=2)
+    runs, how = [common.Run("SFT", 0, dict(method="sft"), **few), common.Run("LAid+", 0, dict(method="laid+"), **few)], dict(sizes=(1, 3), questions=6)
+    try:
+        with common.going_on():
+            common.do_all(runs, **how)
+            common.write("killed", dict(answers={run.name: common.answers(run, **how) for run in runs}), 0.)
+    except SystemExit as e: return e.code
+    return 0
+
+
 CASES = [*(training(name, flags) for name, flags in METHODS.items()), training("laid-two", METHODS["laid"], 2), training("lora-two", METHODS["lora"], 2),
          Case("eval", ["eval", "PAIR/student", "--pictures", "--sizes", "1,2,3,4", "--questions", "6", "--out", "FOLDER/records.jsonl", "--vhs", "FOLDER/vhs"], ("records.jsonl", "vhs/**/*"), done="vhs"),
          Case("demo", ["demo", "--quick", "--teacher", "PAIR/teacher", "--student", "PAIR/student", "--out", "FOLDER/demo"], ("demo/models/*/*", "demo/records/*", "demo/vhs/**/*.json", "demo/table.md"), prepare=small_demo),
-         Case("anchors", ["anchors", "--out", "FOLDER/pair", "--folder", "FOLDER/drafts"], ("pair/*/*",), prepare=small_anchors)]
+         Case("anchors", ["anchors", "--out", "FOLDER/pair", "--folder", "FOLDER/drafts"], ("pair/*/*",), prepare=small_anchors),
+         Case("experiments", ["FOLDER"], ("results/*.json", "work/models/[a-z]*/*.safetensors", "work/answers/*/*.json"), main=small_experiment)]
 
 
 def tiny(folder, name, layers, heads, processor):
@@ -159,7 +180,7 @@ def work(case, argv, folder, rank, port, at, how):
         if rank == 0:
             EVENTS = Events(folder, at if how != "limit" else 0, how)
             sys.addaudithook(EVENTS.hook)
-        code = cli.main(argv)
+        code = case.main(argv)
     except BaseException as e: print(f"TRACEBACK {type(e).__name__}: {e}", file=sys.stderr)
     finally:
         if rank == 0: count, EVENTS.busy, EVENTS.at = EVENTS.count, True, 0
@@ -290,7 +311,24 @@ def stops(case, events, seconds, points, moments, rng):
     if case.name in ("train-workers", "anchors") and moments: yield 0, "worker", None
 
 
-def main(argv=None):
+def both(found, more):
+    "What came of two calls."
+    cases = {name: dict(row, stops=dict(row["stops"])) for name, row in found["cases"].items()}
+    for name, row in more["cases"].items():
+        there = cases.setdefault(name, row | {"stops": {}})["stops"]
+        for way, counts in row["stops"].items(): there[way] = dict(Counter(there.get(way, {})) + Counter(counts))
+    return {key: found[key] + more[key] for key in ("commands", "planned", "minutes", "wrong")} | dict(cases=cases)
+
+
+def summed(found):
+    "What came of all cases, with its sums."
+    ways = [(way, Counter(counts)) for row in found["cases"].values() for way, counts in row["stops"].items()]
+    came = sum((counts for _, counts in ways), Counter())
+    return found | dict(stopped=came.total(), came=dict(came.most_common()), moments=sum(counts.total() for way, counts in ways if way.endswith("random moment")))
+
+
+def parsed(argv):
+    "What was typed."
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--quick", action="store_true", help="three stops each of one training and of eval")
     p.add_argument("--only", default="", help="names of cases, with commas")
@@ -299,7 +337,12 @@ def main(argv=None):
     p.add_argument("--minutes", type=float, default=600., help="begin no stop after these")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--out", help="JSON file of what came of it")
-    args = p.parse_args(argv)
+    p.add_argument("--add", action="store_true", help="to what that file holds already; take another seed")
+    return p.parse_args(argv)
+
+
+def main(argv=None):
+    args = parsed(argv)
     rng, began, names = random.Random(args.seed), time.monotonic(), set(args.only.split(",")) - {""}
     if args.quick: args.points, args.moments, names = 2, 0, names or {"train-laid", "eval"}
     table, wrong, tried = {}, [], {}
@@ -330,10 +373,11 @@ def main(argv=None):
                 print(came, about, flush=True)
             elif n % 25 == 0: print(f"{n} of {len(plans)}", flush=True)
     finally: shutil.rmtree(scratch, ignore_errors=True)
-    total = Counter(came for ways in table.values() for counts in ways.values() for came in counts.elements())
-    found = dict(command="python tests/kill_runs.py" + "".join(f" {x}" for x in (argv if argv is not None else sys.argv[1:]) if x), planned=len(plans), stopped=sum(total.values()), came=dict(total), minutes=round((time.monotonic() - began)/60, 1),
+    found = dict(commands=["python tests/kill_runs.py" + "".join(f" {x}" for x in (argv if argv is not None else sys.argv[1:]) if x)], planned=len(plans), minutes=round((time.monotonic() - began)/60, 1),
                  cases={name: tried[name] | {"stops": {way: dict(counts) for way, counts in sorted(ways.items())}} for name, ways in table.items()}, wrong=wrong)
-    print(f"{found['stopped']} stops of {found['planned']} planned: " + ", ".join(f"{n} {came}" for came, n in total.most_common()))
+    if args.add: found = both(store.read_json(args.out), found)
+    found = summed(found)
+    print(f"{found['stopped']} stops of {found['planned']} planned: " + ", ".join(f"{n} {came}" for came, n in found["came"].items()))
     if args.out: store.write_json(args.out, found)
     return int(bool(wrong))
 

@@ -10,7 +10,16 @@ from transformers import (
 )
 
 from laid_nb.accuracy import by_size
-from laid_nb.anchors import Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
+from laid_nb.anchors import (
+    SIZES,
+    Conversations,
+    Namer,
+    anchor_config,
+    build_processor,
+    looking_loss,
+    naming_loss,
+    patchify,
+)
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import OBJECTS, picture_haystack
 from laid_nb.inputs import encode
@@ -112,6 +121,15 @@ def test_codes_are_orthogonal(processor):
     for name in ("teacher", "student"):
         gram = namer.codes(name) @ namer.codes(name).T
         torch.testing.assert_close(gram, torch.eye(len(OBJECTS) + 1)*gram[0, 0], atol=1e-3, rtol=0)
+
+
+def test_small_is_smaller_and_sees_as_the_student_does(pair):
+    small = AutoModelForImageTextToText.from_pretrained(data_path("anchors", "small"))
+    text = small.config.text_config
+    assert {k: getattr(text, k) for k in SIZES["small"]} == SIZES["small"]
+    theirs, here = pair["student"].state_dict(), small.state_dict()
+    assert all(torch.equal(here[k], theirs[k]) for k in here if "visual." in k)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in pair["student"].parameters())
 
 
 def test_near_is_a_student_of_another_training(pair):

@@ -27,7 +27,7 @@ from laid_nb.real import (
     run_real,
     train_row,
 )
-from laid_nb.store import read_json
+from laid_nb.store import load_model, read_json
 
 sys.path.insert(0, str(Path(__file__).parent.parent/"experiments"))
 
@@ -43,7 +43,7 @@ def ran(tmp_path_factory):
     patch, out = pytest.MonkeyPatch(), tmp_path_factory.mktemp("real")
     patch.setattr(real, "pretrained", tiny)
     for name, row in ROWS.items():
-        patch.setitem(ROWS, name, dataclasses.replace(row, steps=3, items=(1, 3)))
+        patch.setitem(ROWS, name, dataclasses.replace(row, steps=3, picture_steps=2, items=(1, 3)))
     plan = Real(questions=6, sizes=(1, 3), batch=2)
     yield plan, out, run_real(plan, out, ["self-anchored", "KD + gain", "LAid+", "plain SFT"])
     patch.undo()
@@ -91,6 +91,51 @@ def test_rows_make_stock_checkpoints_and_a_table(ran):
     found = read_json(out/"results.json")
     assert found["trainings"] == dict.fromkeys(results.models, 1) and set(found["read"]) >= {"pretrained-0", "student-0", "laid-plus-0"}
     assert (out/"accuracy.png").stat().st_size > 1000 and "window" in (out/"table.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def saw(tmp_path_factory, ran):
+    "The same where items are pictures."
+    plan, out = Real(questions=6, sizes=(1, 3), batch=2, pictures=True), tmp_path_factory.mktemp("saw")
+    return plan, out, run_real(plan, out, ["self-anchored", "LAid+"])
+
+
+def test_a_picture_s_other_right_name_is_not_offered_and_labels_are_in_one_order():
+    shown = [listed_haystack(i, 6, split=split, pictures=True) for i in range(20) for split in ("train", "test")]
+    threes = 0
+    for haystack in shown:
+        for q in haystack.questions:
+            others = [o for o in OBJECTS if o in haystack.images[q.needles[0]].objects and o != q.anchor]
+            threes += len(others) > 1
+            assert sum(q.anchor in s.objects for s in haystack.images) == 1
+            if q.kind == "words": assert q.answer == others[0] and set(q.choices) == set(OBJECTS) - {q.anchor, *others[1:]}
+            else: assert q.reply == ", ".join(others)
+    assert threes > 5
+
+
+def test_pictures_hold_what_the_lines_name():
+    told, seen = listed_haystack(3, 6), listed_haystack(3, 6, pictures=True)
+    assert [p.text for p in told.images] == [f"Picture: {', '.join(s.objects)}." for s in seen.images]
+    assert [(q.text, set(q.reply.split(", "))) for q in told.questions] == [(q.text, set(q.reply.split(", "))) for q in seen.questions]
+
+
+def test_rows_of_pictures_are_stock_models_of_the_family_with_one_tower(saw):
+    plan, out, results = saw
+    assert list(results.models) == ["student", "self-anchored", "anchor", "LAid+"]
+    weights = {}
+    for folder in (out/"models").iterdir():
+        model, processor = load_model(str(folder))
+        assert type(model).__name__ == "Qwen2_5_VLForConditionalGeneration" and read_json(folder/"run.json")["log"][-1]["step"] == 2
+        weights[folder.name] = dict(model.named_parameters())
+    tower = [k for k in weights["student-0"] if ".visual." in k]
+    assert len(tower) > 40 and all(torch.equal(w[k], weights["student-0"][k]) for w in weights.values() for k in tower)
+    queries = [k for k in weights["student-0"] if k.endswith("q_proj.weight")]
+    assert queries and not any(torch.equal(weights["student-0"][k], weights["laid-plus-0"][k]) for k in queries)
+
+
+def test_text_and_pictures_do_not_share_a_folder(ran, saw):
+    plan, out, _ = saw
+    with pytest.raises(ValueError, match="another pictures"): run_real(dataclasses.replace(plan, pictures=False), out, ["LAid+"])
 
 
 def test_what_a_method_adds_is_the_difference_of_two_rows_at_long_sizes(ran):
