@@ -290,13 +290,20 @@ def test_the_embedded_models_are_trained_alike(processor, tmp_path, note):
 
 
 # --- as a program -------------------------------------------------------------
+def reason(said):
+    "Of a test that did not pass, the line that says it: no source, no paths of the machine."
+    crash = getattr(said, "reprcrash", None)
+    text = crash.message if crash else said[2] if isinstance(said, tuple) else str(said)
+    return (text.splitlines() or [""])[0]
+
+
 class Report:
     "Outcome, seconds and numbers of every test."
     def __init__(self): self.rows = []
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            why = {} if report.outcome == "passed" else {"why": str(report.longrepr)[-1500:]}
+            why = {} if report.outcome == "passed" else {"why": reason(report.longrepr)}
             self.rows.append(dict(test=report.nodeid.split("::")[-1], outcome=report.outcome, seconds=round(report.duration, 2)) | dict(report.user_properties) | why)
 
 
