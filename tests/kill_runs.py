@@ -180,6 +180,7 @@ def work(case, argv, folder, rank, port, at, how):
         if rank == 0:
             EVENTS = Events(folder, at if how != "limit" else 0, how)
             sys.addaudithook(EVENTS.hook)
+        folder.with_suffix(f".begun{rank}").touch()
         code = case.main(argv)
     except BaseException as e: print(f"TRACEBACK {type(e).__name__}: {e}", file=sys.stderr)
     finally:
@@ -240,7 +241,8 @@ def run(case, argv, folder, at=0, how="", after=None):
     start, pid = time.monotonic(), os.fork()
     if pid == 0: launch(case, argv, folder, at, how)
     if how == "worker": kill_worker(pid)
-    if after is not None:
+    if after is not None:  # since it began: before that it is Python that is stopped, and says nothing
+        while len(list(folder.parent.glob(f"{folder.name}.begun*"))) < case.processes and time.monotonic() < start + 120: time.sleep(.01)
         time.sleep(after)
         try: os.killpg(pid, SIGNALS[how])
         except ProcessLookupError: pass
