@@ -262,7 +262,8 @@ def argv_of(case, folder, pair, more=()): return [x.replace("FOLDER", str(folder
 
 def result_of(case, folder):
     "Hash of every file of a result."
-    files = sorted(p for glob in case.result for p in folder.glob(glob) if p.is_file())
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)  # what a killed writer left: a later one removes it
+    files = sorted(p for glob in case.result for p in folder.glob(glob) if p.is_file() and not hidden(p))
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes().replace(str(folder).encode(), b"FOLDER")).hexdigest() for p in files}
 
 
