@@ -10,7 +10,16 @@ from transformers import (
 )
 
 from laid_nb.accuracy import by_size
-from laid_nb.anchors import Conversations, Namer, anchor_config, build_processor, looking_loss, naming_loss, patchify
+from laid_nb.anchors import (
+    SIZES,
+    Conversations,
+    Namer,
+    anchor_config,
+    build_processor,
+    looking_loss,
+    naming_loss,
+    patchify,
+)
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import OBJECTS, picture_haystack
 from laid_nb.inputs import encode

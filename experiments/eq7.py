@@ -1,0 +1,90 @@
+"""A fair chance for Eq. 7, on two students that nobody made short-sighted: its settings, one at a time, on validation
+haystacks, all with the gain, window simulation, recomposed pictures and the rates of LAid+; then the best of them and
+KD + gain over several trainings, on the test haystacks: data/results/eq7.json
+
+  python experiments/eq7.py            # goes on where it was stopped; finds the trainings of students.py
+  python experiments/eq7.py --quick    # a smoke test
+  python experiments/eq7.py --done     # write what has been made so far, train nothing
+"""
+import sys
+import time
+from dataclasses import replace
+
+from analysis import groups, results_of, summary
+from common import QUESTIONS, SEEDS, SIZES, Run, answers, do_all, finished, going_on, shares, spent, tests, write
+from reproduce import HAYSTACKS, STEPS
+from students import runs
+
+WHO, WITHOUT, PLAIN = ("near", "small"), "KD + gain", "LAid + gain"
+TRIED = {  # row -> what differs from `PLAIN`
+    "last layer, weight 0.3": {},
+    "needle layers": dict(layers="needle"),
+    "all, by depth": dict(layers="depth"),
+    "all, best layer": dict(layers="best"),
+    "weight 0.1": dict(lambda_laid=.1),
+    "weight 1": dict(lambda_laid=1.0),
+    "weight 10": dict(lambda_laid=10.0),
+    "by band": dict(form="band"),
+    "complex": dict(form="complex"),
+    "free": dict(constraint="free"),
+    "uniform start": dict(mixing_init="uniform")}
+CHOOSE = dict(sizes=(1, 20, 50, 100, 150), questions=240, split="val", seed=3)  # of `tests`
+
+
+def tried(who: str, steps: int, haystacks: int) -> dict[str, Run]:
+    "Row -> its training; the one without Eq. 7 first."
+    made = runs(who, (0,), steps, haystacks)
+    plain = made[PLAIN][0]
+    rows = {name: replace(plain, settings=plain.settings | what) for name, what in TRIED.items()}
+    return {WITHOUT: made[WITHOUT][0]} | rows
+
+
+def score(run: Run, how: dict) -> float:
+    "Mean accuracy at 20 images and more."
+    found = [a for size, a in shares(answers(run, **how)).items() if size >= 20 or len(how["sizes"]) < 3]
+    return sum(found)/len(found)
+
+
+def proved(who: str, best: Run, seeds: tuple) -> dict[str, list[Run]]:
+    "The best setting of Eq. 7 and what it is compared with, a training for each seed."
+    without = runs(who, seeds, best.steps, best.haystacks)[WITHOUT]
+    return {WITHOUT: without, "Eq. 7": [replace(best, seed=seed) for seed in seeds]}
+
+
+def compared(who: str, rows: dict[str, list[Run]], how: dict) -> dict:
+    "Summary of a student's rows on the test haystacks, and the paired difference that Eq. 7 makes."
+    models = {"teacher": [answers("teacher", **how)], "student": [answers(who, **how)]}
+    models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
+    results = results_of(models, groups(tests(**how)))
+    long = [s for s in results.sizes if s >= 20]
+    return dict(summary=summary(results), difference=results.difference("Eq. 7", WITHOUT, long),
+                trainings={name: len(some) for name, some in rows.items()})
+
+
+@going_on()
+def main(quick: bool = False, done: bool = False):
+    start, choose = time.time(), CHOOSE | (dict(sizes=(1, 5), questions=24) if quick else {})
+    how = dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
+    steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)
+    found, made = {}, []
+    for who in WHO[:1] if quick else WHO:
+        rows = dict(list(tried(who, steps, haystacks).items())[:3 if quick else None])
+        if done:
+            rows = {name: run for name, run in rows.items() if run.folder.exists()}
+        else:
+            do_all(list(rows.values()), **choose)
+        scores = {name: score(run, choose) for name, run in rows.items()}
+        best = max((name for name in rows if name != WITHOUT), key=scores.get)
+        proof = proved(who, rows[best], seeds)
+        if done:
+            proof = finished(proof)
+        else:
+            do_all([run for some in proof.values() for run in some], **how)
+        made += [*rows.values(), *(run for some in proof.values() for run in some)]
+        found[who] = dict(tried=scores, best=best) | compared(who, proof, how)
+    write("eq7_quick" if quick else "eq7", dict(
+        training_seconds=spent(made), steps=steps, chosen_on=choose, seeds=seeds, students=found), start)
+
+
+if __name__ == "__main__":
+    main("--quick" in sys.argv, "--done" in sys.argv)
