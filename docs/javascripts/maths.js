@@ -9,5 +9,13 @@ document.addEventListener("DOMContentLoaded", () => {
     ignoredClasses: ["laid-view"],
     throwOnError: false,
   });
+  // No line begins with the comma behind a formula: it goes into the formula's last part, which is never broken.
+  for (const formula of document.querySelectorAll("article span > .katex")) {
+    const after = formula.parentNode.nextSibling, last = formula.querySelector(".katex-html > .base:last-child");
+    const sign = after?.nodeType === Node.TEXT_NODE && /^[.,;:!?)]+/.exec(after.data)?.[0];
+    if (!sign || !last) continue;
+    last.append(sign);
+    after.data = after.data.slice(sign.length);
+  }
   document.documentElement.dataset.maths = "drawn";
 });
