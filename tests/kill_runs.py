@@ -180,6 +180,7 @@ def work(case, argv, folder, rank, port, at, how):
         if rank == 0:
             EVENTS = Events(folder, at if how != "limit" else 0, how)
             sys.addaudithook(EVENTS.hook)
+        folder.with_suffix(f".begun{rank}").touch()
         code = case.main(argv)
     except BaseException as e: print(f"TRACEBACK {type(e).__name__}: {e}", file=sys.stderr)
     finally:
@@ -240,7 +241,8 @@ def run(case, argv, folder, at=0, how="", after=None):
     start, pid = time.monotonic(), os.fork()
     if pid == 0: launch(case, argv, folder, at, how)
     if how == "worker": kill_worker(pid)
-    if after is not None:
+    if after is not None:  # since it began: before that it is Python that is stopped, and says nothing
+        while len(list(folder.parent.glob(f"{folder.name}.begun*"))) < case.processes and time.monotonic() < start + 120: time.sleep(.01)
         time.sleep(after)
         try: os.killpg(pid, SIGNALS[how])
         except ProcessLookupError: pass
@@ -260,7 +262,8 @@ def argv_of(case, folder, pair, more=()): return [x.replace("FOLDER", str(folder
 
 def result_of(case, folder):
     "Hash of every file of a result."
-    files = sorted(p for glob in case.result for p in folder.glob(glob) if p.is_file())
+    hidden = lambda path: any(part.startswith(".") for part in path.relative_to(folder).parts)  # what a killed writer left: a later one removes it
+    files = sorted(p for glob in case.result for p in folder.glob(glob) if p.is_file() and not hidden(p))
     return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes().replace(str(folder).encode(), b"FOLDER")).hexdigest() for p in files}
 
 

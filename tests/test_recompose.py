@@ -39,6 +39,14 @@ def test_recomposed_haystacks_keep_question_and_needle(kind):
     assert 0 < sum(kept) < len(kept)
 
 
+def test_a_quarter_of_the_known_questions_gets_another_target():
+    sources = [picture_haystack(i, 3 + i % 8) for i in range(40)]
+    known = {(q.anchor, q.target, *(h.images[n] for n in q.needles)) for h in sources for q in h.questions}
+    pool = PicturePool(sources)
+    made = [(h, q) for h in (pool.haystack(8, 4, random.Random(i)) for i in range(100)) for q in h.questions]
+    assert abs(sum((q.anchor, q.target, *(h.images[n] for n in q.needles)) in known for h, q in made)/len(made) - .75) < .06
+
+
 def test_a_pool_too_small_to_choose_still_serves():
     h = picture_haystack(0, 4, 12)
     made = PicturePool([h]).haystack(4, 12, random.Random(0))
