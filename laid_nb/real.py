@@ -146,7 +146,7 @@ ROWS = {  # name -> how it is made, in this order
 # %% ../nbs/12i_real.ipynb #plan
 @dataclass(frozen=True)
 class Real:
-    "All else that the result of `laid real` depends on."
+    "All else that the result of `laid real` depends on. `ValueError` for what cannot be asked."
     questions: int = 48  # at each size
     sizes: tuple = (1, 5, 20, 50, 100, 150, 300)  # items of a test haystack
     batch: int = 4  # training haystacks a step
@@ -154,6 +154,12 @@ class Real:
     picture_learning_rate: float = 2e-4  # likewise, where the items are pictures
     mixing_learning_rate: float = 5e-3  # of the gain and the mixing weights
     pictures: bool = False  # items are pictures, and the model is `sighted`
+
+    def __post_init__(self):
+        if min(self.questions, self.batch) < 1:
+            raise ValueError(f"questions {self.questions}, batch {self.batch}: need at least 1 of each")
+        if not self.sizes or list(self.sizes) != sorted(set(self.sizes)) or self.sizes[0] < 1:
+            raise ValueError(f"sizes {list(self.sizes)}: need different numbers from 1, the smallest first")
 
 def made_folder(out, name, seed):
     "Folder of a row's model; student and anchor are the same for all seeds."
@@ -347,7 +353,10 @@ def _claim(out, settings):
     mark = out/"real.json"
     if not mark.is_file():
         write_json(mark, settings)
-    differ = [k for k, v in read_json(mark).items() if v != (list(settings[k]) if k == "sizes" else settings[k])]
+    begun, asked = read_json(mark), settings | dict(sizes=list(settings["sizes"]))
+    if not isinstance(begun, dict) or not begun.keys() <= asked.keys():
+        raise ValueError(f"{mark} is not of laid real: choose another folder with --out")
+    differ = [k for k, v in begun.items() if v != asked[k]]
     if differ: raise ValueError(f"{out} was begun with another {', '.join(differ)}: choose another folder with --out")
 
 def run_real(
@@ -360,6 +369,7 @@ def run_real(
     "Every training and every test that is not done, then the report. `ValueError` for a row that is not known."
     unknown = [name for name in rows if name not in ROWS]
     if unknown: raise ValueError(f"no row {unknown[0]!r}: one of {', '.join(ROWS)}")
+    if not seeds or min(seeds) < 0: raise ValueError(f"seeds {list(seeds)}: need at least one, and none below 0")
     prepare_process()
     out = Path(out)
     _claim(out, asdict(real))

