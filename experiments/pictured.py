@@ -48,7 +48,7 @@ def of_folder(folder: Path) -> dict:
     ran = read_json(folder/"results.json")
     runs = {p.parent.name: read_json(p)["seconds"] for p in sorted(folder.glob("models/*/run.json"))}
     read = {p.stem: read_json(p) for p in sorted((folder/"records").glob("*.json"))}
-    kept = {k: ran[k] for k in ("command", "settings", "versions", "hardware")}
+    kept = {k: ran[k] for k in ("settings", "versions", "hardware")}
     return kept | told(read_rows(folder, SEEDS)) | dict(training_seconds=runs, read=read)
 
 
@@ -63,7 +63,8 @@ def main():
     rows = {name: dict(anchor=row.anchor, items=row.items, steps=row.picture_steps, labels=row.labels,
                        lora="lora_rank" in row.settings) for name, row in ROWS.items() if name in shown["models"]}
     log({name: round(row["accuracy"][-1], 2) for name, row in shown["models"].items()})
-    write("real_pictures", dict(pictures=shown | dict(rows=rows), text=of_folder(args.text)), start)
+    commands = [line.strip() for line in __doc__.splitlines() if line.strip().startswith("laid real")]
+    write("real_pictures", dict(commands=commands, pictures=shown | dict(rows=rows), text=of_folder(args.text)), start)
 
 
 if __name__ == "__main__":

@@ -288,7 +288,7 @@ def farther(results: Results) -> dict:  # name -> (value, low, high)
 
 _ADDED = {  # what one row has more than another
     "Window simulation": ("SFT", "plain SFT"),
-    "The anchor's answers in place of labels": ("KD", "SFT"),
+    "The anchor's answers beside labels": ("KD", "SFT"),
     "The gain": ("KD + gain", "KD"),
     "Eq. 7": ("LAid", "KD"),
     "Eq. 7, spectra and attention": ("LAid+", "KD + gain")}

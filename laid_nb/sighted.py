@@ -128,7 +128,7 @@ def _check_llama(
     if config.model_type != "llama": raise ValueError(f"a {type(llama).__name__} is no Llama: give a LlamaForCausalLM")
     heads, width = config.num_attention_heads, config.head_dim
     if heads*width != config.hidden_size:
-        raise ValueError(f"{heads} heads of {width} do not make up the hidden size {config.hidden_size}: Qwen2.5-VL's do")
+        raise ValueError(f"{heads} heads of {width} do not make up the hidden size {config.hidden_size}")
     if known > config.vocab_size:
         raise ValueError(f"the tokenizer has {known} tokens, and the model {config.vocab_size}: not its own")
 
@@ -141,7 +141,7 @@ def sighted(
 ) -> tuple:  # (Qwen2_5_VLForConditionalGeneration, its processor)
     """A language model with a vision tower and a projector, not yet trained to look. Reads text as before. Ours.
 
-    `ValueError` for another model than a Llama, for weights or heads that the text model of Qwen2.5-VL has no place for,
+    `ValueError` for another model than a Llama, weights or heads that Qwen2.5-VL's text model has no place for,
     for words of another model, and for eyes of another family."""
     _check_llama(llama, tokenizer)
     donor, given = load_model(eyes, torch.float32)

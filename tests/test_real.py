@@ -145,7 +145,7 @@ def test_what_a_method_adds_is_the_difference_of_two_rows_at_long_sizes(ran):
                               for n, k in zip((50, 100), counts) for t in range(4)]
     found = Results({name: by_size(records(k)) for name, k in (("student", (1, 1)), *right.items())}, "student")
     value, low, high, trainings = added(found)["Window simulation"]
-    assert set(added(found)) == {"Window simulation", "The anchor's answers in place of labels"}
+    assert set(added(found)) == {"Window simulation", "The anchor's answers beside labels"}
     assert value == pytest.approx((2/4 + 0)/2) and low <= value <= high and trainings == 1
     assert added(read_rows(out)) == {}  # 1 and 3 items only
 
