@@ -379,7 +379,8 @@ def main():
     warnings.filterwarnings("ignore", category=FutureWarning)
     if torch.cuda.is_available():
         rows = on_card(args, build_processor())
-        if rows: print(table(targets(rows)))
+        if rows:
+            print(table(targets(rows)))
     else:
         on_cpu(args, build_processor())
 

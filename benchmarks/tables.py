@@ -54,7 +54,30 @@ def peers() -> str:
     return markdown(["method", *(f"{n:,} tokens" for n in sizes)], [[m, *cells] for m, cells in by_method.items()])
 
 
-def main(): (RESULTS/"bench.md").write_text(f"{steps()}\n{parts()}\n{peers()}", encoding="utf-8")
+def card() -> str:
+    "A step at true shapes on a GPU: seconds, share of the peak, memory, and the ratio to SFT + KL."
+    found, lines = rows("gpu"), []
+    base = {(r["pair"], r["tokens"]): r["seconds"] for r in found if r["method"] == "SFT + KL"}
+    for r in found:
+        ratio = r["seconds"]/base[r["pair"], r["tokens"]]
+        lines.append([r["pair"], f"{r['tokens']:,}", r["method"], f"{r['seconds']:.2f}", f"{ratio:.2f}",
+                      f"{r['share of the floor']:.0%}", f"{r['tokens a second']:,.0f}", f"{r['peak GB']:.1f}",
+                      f"{r['GB with AdamW']:.1f}"])
+    return markdown(["pair", "tokens", "method", "seconds", "/ SFT + KL", "of the bf16 peak", "tokens/s", "GB",
+                     "GB with AdamW"], lines)
+
+
+def aims() -> str:
+    "What was aimed at on a GPU beside what was measured."
+    from gpu import targets  # brings transformers along, which the other tables do without
+    shown = lambda x: "not measured" if x is None else f"{x:.2f}"
+    return markdown(["target", "pair", "wanted", "measured"],
+                    [[t["target"], t["pair"], t["wanted"], shown(t["measured"])] for t in targets(rows("gpu"))])
+
+
+def main():
+    found = steps(), parts(), peers(), card(), aims()
+    (RESULTS/"bench.md").write_text("\n".join(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -676,16 +676,15 @@ def _train_language(
     state, until, pictures = _resume(path, trained, optimiser), min(until or steps, steps), pictures.to(model.device)
     bar = tqdm(total=steps, initial=state["step"], desc=name)
     while state["step"] < until:
-        step, reach = state["step"], int(state["reach"])
-        rng, hints = np.random.default_rng([step, len(name), 7]), step < guided*steps
+        step, reach, hints = state["step"], int(state["reach"]), state["step"] < guided*steps
+        rng = np.random.default_rng([step, len(name), 7])
         for group in optimiser.param_groups:
             group["lr"] = rate*min((step + 1)/100, max(.02, 1 - step/steps))
-        if not hints:
-            optimiser.param_groups[2]["weight_decay"] = decay
+        optimiser.param_groups[2]["weight_decay"] = .05 if hints else decay
         batch = _next_batch(rng, conversations, state, tokens, hints)
         drawn = torch.from_numpy(rng.integers(len(pictures), size=batch.contents.shape))
-        batch, drawn = _Batch(*(x.to(model.device) for x in batch)), drawn.to(model.device)
-        loss, parts, right = _language_loss(model, batch, pictures, drawn, answers, hints)
+        batch = _Batch(*(x.to(model.device) for x in batch))
+        loss, parts, right = _language_loss(model, batch, pictures, drawn.to(model.device), answers, hints)
         _descend(trained, optimiser, loss)
         images = batch.contents.shape[1]
         if right is not None and images >= .8*reach:

@@ -20,6 +20,6 @@ def test_quick_run_prints_a_table_and_writes_nothing(name, column):
 
 
 def test_tables_hold_what_was_measured():
-    done = subprocess.run([sys.executable, "-c", "import tables; print(tables.steps() + '\\n' + tables.parts() + '\\n' + tables.peers(), end='')"], capture_output=True, text=True, cwd=FOLDER)
+    done = subprocess.run([sys.executable, "-c", "import tables; print('\\n'.join([tables.steps(), tables.parts(), tables.peers(), tables.card(), tables.aims()]), end='')"], capture_output=True, text=True, cwd=FOLDER)
     assert done.returncode == 0, done.stderr
     assert done.stdout == (FOLDER.parent/"data/results/bench.md").read_text(encoding="utf-8")

@@ -1,7 +1,10 @@
 """What runs on a card, against the same on the CPU. CI has no card and skips this file.
 
+On 2026-11-27 25 of 31 passed on an H200; the six others were mended after that and have not run on a card since.
+
 `python tests/test_gpu.py` runs it on a card and writes data/results/gpu_tests.json. (Under plain pytest conftest.py hides
 the card.) LAID_GPU_TESTS=cpu runs it without one, to try the tests themselves."""
+import gc
 import json
 import os
 import subprocess
@@ -17,6 +20,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CPU = DEVICE == "cpu"
 pytestmark = pytest.mark.skipif(CPU and os.environ.get("LAID_GPU_TESTS") != "cpu", reason="there is no CUDA device here")
 METHODS = ("sft", "kd", "laid", "laid+")
+# Of trained weights in float64, against another device: transformers makes cosines, sines and root mean squares in float32
+# in every dtype. On one CPU, one unit in the last place in the former moves a weight of these runs by 3.5e-7, in the
+# latter by 7.4e-7, in both by 8.0e-7.
+OTHER_DEVICE = 2e-6
 
 
 @pytest.fixture(autouse=True)
@@ -130,7 +137,7 @@ def test_a_training_in_float64_is_that_of_the_cpu(tmp_path, note, run):
         found.append((load_file(tmp_path/f"{name}-of.safetensors"), json.loads((tmp_path/f"{name}-of.json").read_text())))
     (expected, logs), (weights, other) = found
     assert weights.keys() == expected.keys() and len(logs) == 2
-    assert note("weights", max((weights[k] - x).abs().max().item() for k, x in expected.items())) < 1e-7
+    assert note("weights", max((weights[k] - x).abs().max().item() for k, x in expected.items())) < OTHER_DEVICE
     for a, b in zip(logs, other):
         for name in a: assert b[name] == pytest.approx(a[name], rel=1e-5), name
 
@@ -208,7 +215,7 @@ def test_fsdp_and_a_sharded_teacher_in_one_process(tmp_path, note):
     keep(made, tmp_path/"one")
     one, sharded = load_file(tmp_path/"one.safetensors"), load_file(tmp_path/"fsdp.safetensors")
     assert one.keys() == sharded.keys()
-    assert note("weights", max((sharded[k] - x).abs().max().item() for k, x in one.items())) < 1e-7
+    assert note("weights", max((sharded[k] - x).abs().max().item() for k, x in one.items())) < OTHER_DEVICE
 
 
 def fsdp(folder):
@@ -248,12 +255,15 @@ def test_the_plan_against_the_allocator(processor, tmp_path, note, method, check
         made.train()
         return
     torch.randn(8, 8, device=DEVICE) @ torch.randn(8, 8, device=DEVICE)  # the library's own memory is taken before
+    gc.collect()  # else the trainer of the test before is freed while this one trains, and the peak is the present
+    torch.cuda.empty_cache()
     torch.cuda.synchronize()
-    others = torch.cuda.memory_allocated() - sum(p.nbytes for m in (student, teacher) for p in m.parameters())
+    weights = sum(p.nbytes for m in (student, teacher) for p in m.parameters())
+    others = torch.cuda.memory_allocated() - weights
     torch.cuda.reset_peak_memory_stats()
     made.train()
     measured = torch.cuda.max_memory_allocated() - others
-    note("measured MB", measured/1e6)
+    assert note("measured MB", measured/1e6) > weights/1e6  # gradients and states at least
     assert .6 < note("planned / measured", planned.total/measured) < 1.6
 
 
@@ -290,13 +300,20 @@ def test_the_embedded_models_are_trained_alike(processor, tmp_path, note):
 
 
 # --- as a program -------------------------------------------------------------
+def reason(said):
+    "Of a test that did not pass, the line that says it: no source, no paths of the machine."
+    crash = getattr(said, "reprcrash", None)
+    text = crash.message if crash else said[2] if isinstance(said, tuple) else str(said)
+    return (text.splitlines() or [""])[0]
+
+
 class Report:
     "Outcome, seconds and numbers of every test."
     def __init__(self): self.rows = []
 
     def pytest_runtest_logreport(self, report):
         if report.when == "call" or report.outcome != "passed":
-            why = {} if report.outcome == "passed" else {"why": str(report.longrepr)[-1500:]}
+            why = {} if report.outcome == "passed" else {"why": reason(report.longrepr)}
             self.rows.append(dict(test=report.nodeid.split("::")[-1], outcome=report.outcome, seconds=round(report.duration, 2)) | dict(report.user_properties) | why)
 
 

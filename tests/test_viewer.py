@@ -122,7 +122,7 @@ def test_another_file_is_refused():
     with pytest.raises(ValueError, match="holds no ImageAttention"):
         ImageAttention.load(data_path("spectra", "pair.safetensors"))
 
-@pytest.mark.parametrize("size, seed", [(20, 2), (50, 4)])
+@pytest.mark.parametrize("size, seed", [(20, 2), (50, 7)])
 def test_shipped_files_are_of_their_haystacks(size, seed):
     h = picture_haystack(seed, size, 6, "val")
     files = [data_path("spectra", f"viewer-{name}-{size}.safetensors") for name in MODELS]
