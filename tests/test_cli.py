@@ -124,7 +124,7 @@ def test_a_signal_says_how_to_go_on(monkeypatch, capsys):
 def test_anchors_is_called_with_both_folders(monkeypatch, work):
     from laid_nb import anchors
     called = []
-    monkeypatch.setattr(anchors, "make_anchors", lambda folder, out, models, towers: called.append((str(folder), str(out), models, towers)))
+    monkeypatch.setattr(anchors, "make_anchors", lambda folder, out, models, towers, device: called.append((str(folder), str(out), models, towers)))
     ok(["anchors", "--out", "pair", "--folder", "drafts", "--models", "near", "--towers", "made"])
     assert called == [("drafts", "pair", ["near"], "made")]
 

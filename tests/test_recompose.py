@@ -8,7 +8,7 @@ import torch
 
 from laid_nb.haystack import Haystack, Question, haystack_dataset, picture_haystack, row_haystack
 from laid_nb.inputs import HaystackCollator, precompute
-from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, has_unlabelled, is_recomposed, unlabelled
+from laid_nb.recompose import PicturePool, PieceEncoder, Recomposed, _encoder, has_unlabelled, is_recomposed, unlabelled
 
 
 def test_unlabelled_keeps_all_but_the_answer():
@@ -70,7 +70,9 @@ def test_piece_encoder_is_precompute(processor, haystacks, pool, tiny, known):
     collate = HaystackCollator(processor, turns=2)
     made = PicturePool(haystacks).haystack(4, 3, random.Random(0)) if not known else replace(haystacks[5], images=haystacks[5].images[::-1] + haystacks[0].images)
     slow, = precompute([made], collate, tiny("student"), tiny("teacher"), progress=False)
-    fast = PieceEncoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)(made)
+    encode = _encoder(precompute(haystacks, collate, tiny("student"), tiny("teacher"), progress=False), collate)
+    assert isinstance(encode, PieceEncoder)
+    fast = encode(made)
     assert fast.keys() == slow.keys() and (fast["needles"], fast["haystack"]) == (slow["needles"], slow["haystack"]) and len(fast["needles"]) == 2
     for name in slow.keys() - {"needles", "haystack", "prompt"}:
         assert fast[name].dtype == slow[name].dtype
