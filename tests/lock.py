@@ -23,7 +23,7 @@ def main():
     if not uv: sys.exit("uv reads the package index: pip install uv")
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "pyproject.toml").write_text(SETTINGS, encoding="utf-8")  # uv reads it where it runs
-        command = [uv, "pip", "compile", ROOT/"setup.py", "--quiet", "--extra", "dev", "--extra", "smollm", "--universal", "--python-version", "3.10",
+        command = [uv, "pip", "compile", ROOT/"setup.py", "--quiet", "--extra", "dev", "--universal", "--python-version", "3.10",
                    "-c", ROOT/"constraints.txt", "--generate-hashes", "--no-header", "--no-annotate", "-o", Path(folder)/"lock.txt"]
         done = subprocess.run(command, cwd=folder)
         if done.returncode: sys.exit(done.returncode)
