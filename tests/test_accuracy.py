@@ -441,3 +441,9 @@ def test_models_of_which_only_counts_are_known_are_not_paired():
     difference = Results(counts, "a").difference("b", "a", [1])
     spread = 1.96*(2*.8*.2/200)**.5  # of two independent shares
     assert difference[0] == 0 and abs(difference[2] - spread) < .02 and abs(difference[1] + spread) < .02
+
+
+def test_one_record_is_enough_and_depth_is_in_fifths():
+    one = dict(haystack="a", question=0, size=3, correct=True, needles=[1])
+    assert by_size([one]).accuracy.tolist() == [1.0]
+    assert [x.shape for x in by_depth([one])] == [(1,), (5, 1), (5, 1)]
