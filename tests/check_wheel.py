@@ -11,7 +11,7 @@ import venv
 import zipfile
 from pathlib import Path
 
-LIMIT_MB = 40
+LIMIT_MB = 48
 INSIDE = """
 import sys, pathlib, laid_nb
 home = pathlib.Path(laid_nb.__file__).resolve()
