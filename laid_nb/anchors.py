@@ -748,12 +748,12 @@ def make_anchors(
             raise ValueError(f"{out/name} exists, and was not trained in {folder}: choose another folder with --out")
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder):
-        namer = Namer({name: anchor_config(name, processor.tokenizer) for name in PAIR})
+        namer = Namer({name: anchor_config(name, processor.tokenizer) for name in PAIR}).to(device)
         if towers:
             _take_towers(namer, towers)
         else:
-            _train_vision(namer.to(device), processor, folder)
-        pictures = _embed_pool(namer.to(device), processor, folder)
+            _train_vision(namer, processor, folder)
+        pictures = _embed_pool(namer, processor, folder)
         namer.to("cpu")
         for name in models:
             model, shown = anchor_model(name, processor.tokenizer, namer), pictures[_tower_of(name)]

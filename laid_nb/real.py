@@ -201,7 +201,7 @@ def _trainer(real, name, out, seed):
     config = LaidConfig(**usual | {k: v for k, v in row.settings.items() if k not in window})
     return LaidTrainer(model, config, data, tokenizer, teacher=teacher, simulation=WindowSimulation(**window))
 
-# %% ../nbs/12i_real.ipynb #train-row-2
+# %% ../nbs/12i_real.ipynb #make-row
 def train_row(
     real: Real,
     name: str,  # in `ROWS`
