@@ -53,7 +53,7 @@ SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
 STUDENTS = ("student", "near", "small")  # with one vision tower
-USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
+USUAL = (("anchor", "teacher"), ("student", "student"), ("start", None))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 
 
@@ -107,12 +107,15 @@ class Run:
     flipped: float = 0.0  # share of the answers that is wrong
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
     kind: str = "single"  # "single" or "multi" needle
-    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen
+    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen; or another one of STUDENTS
     student: str = "student"  # who learns: one of STUDENTS
+    start: "Run | None" = None  # the training that this one goes on from; None: the student as it is
 
     @property
     def id(self) -> str:
         what = {k: v for k, v in asdict(self).items() if k != "name" and (k, v) not in USUAL}
+        if self.start:
+            what["start"] = self.start.id
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         return f"{slug(self.settings['method'])}-{digest[:8]}"
 
@@ -146,18 +149,25 @@ def frozen(name: str):
 
 
 @functools.lru_cache(2)
-def pool(seed, number, images, kind, flipped, labels, anchor) -> list[dict]:
+def pool(seed, number, images, kind, flipped, labels, tower) -> list[dict]:
     "Training haystacks as tensors."
     haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
     if not labels:
         haystacks = unlabelled(haystacks)
     collate = HaystackCollator(pair()["processor"])
-    return precompute(haystacks, collate, pair()["student"], pair()[anchor], progress=False)
+    return precompute(haystacks, collate, pair()["student"], pair()[tower], progress=False)
 
 
 def pool_of(run: Run) -> list[dict]:
-    "The training haystacks of a run."
-    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, run.anchor)
+    "The training haystacks of a run; all students have one vision tower."
+    tower = "teacher" if run.anchor == "teacher" else "student"
+    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, tower)
+
+
+def anchor_of(run: Run):
+    "The model that teaches."
+    if run.anchor == "teacher": return pair()["teacher"]
+    return frozen(run.student if run.anchor == "student" else run.anchor)
 
 
 class ReadOnce(LaidTrainer):
@@ -197,10 +207,9 @@ def train(
 ) -> Path:  # folder of the student
     "Train, unless that has been done."
     if run.folder.exists(): return run.folder
-    student, _ = load_model(run.student, torch.float32)
+    student, _ = load_model(train(run.start) if run.start else run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
-    anchor = frozen(run.student) if run.anchor == "student" else pair()["teacher"]
-    trained = quiet_training(student, processor, pool_of(run), anchor, trainer=ReadOnce, **settings_of(run))
+    trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=ReadOnce, **settings_of(run))
     with atomic_write(run.folder) as part:
         save_model(student, processor, part)
         seconds = round(time.time() - start)
@@ -213,6 +222,11 @@ def finished(rows: dict[str, list[Run]]) -> dict[str, list[Run]]:
     and trains nothing."""
     there = {name: [r for r in runs if r.folder.exists()] for name, runs in rows.items()}
     return {name: runs for name, runs in there.items() if runs}
+
+
+def nothing_made():
+    "SystemExit: there is nothing that `--done` could write."
+    raise SystemExit(f"nothing has been made in {WORK} yet: leave out --done")
 
 
 def finished_points(points: dict) -> dict:
