@@ -210,6 +210,7 @@ def train(
     student, _ = load_model(train(run.start) if run.start else run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
     trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=ReadOnce, **settings_of(run))
+    if run.folder.exists(): return run.folder  # another experiment was faster
     with atomic_write(run.folder) as part:
         save_model(student, processor, part)
         seconds = round(time.time() - start)

@@ -33,8 +33,7 @@ from laid_nb.store import read_json
 from reproduce import HAYSTACKS, STEPS, asked_with, questions_of, settings
 from self_anchor import THIN
 
-MANY = (0, 1, 2, 3, 4)  # seeds
-FEWER = {"LAid+": 3, "SFT": 2, "KD": 2, "KD, reverse": 2, "LAid": 2, "LAid + gain + spectra": 2}  # of these that many
+MANY = (0, 1, 2, 3, 4)  # seeds of rows that a sentence compares
 PLAIN = {  # row -> (method and rate of reproduce.py, what is beside it); all with window simulation
     "SFT": ("SFT", {}),
     "KD": ("KD", dict(recompose=.5)),
@@ -49,6 +48,7 @@ GAINED = {  # row -> (settings beyond those that all share, what differs in the 
                                 dict(labels=False, anchor="student")),
     "LAid + gain + spectra": (dict(method="laid", recompose=.5, lambda_fourier=.3), {})}
 
+FEWER = {"LAid+": 2, "LAid + gain + spectra": 2} | dict.fromkeys(PLAIN, 1)  # of these that many
 
 def runs(student: str, seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
     """Row -> a training for each seed, with window simulation: with the gain at the rates that were chosen for LAid+,
