@@ -23,9 +23,10 @@ TRIED = {  # row -> (settings, other differences from KD + gain)
     "a thinned teacher": (dict(thin=THIN), {}),
     "gaps to 1,200, counts to 64": (WIDER, {}),
     "attention of a question's words to images": (WORDS, {}),
+    "gaps to 2,400, counts to 256": (dict(max_gap=2400, max_multiplicity=256.0), {}),
     "haystacks of 1–60 images": ({}, dict(images=(1, 60))),
-    "thinned, wider, twice the steps": (WIDER | dict(thin=THIN), dict(steps=2)),
-    "thinned, wider, attention": (WIDER | WORDS | dict(thin=THIN), {})}
+    "wider (1,200 and 64), attention": (WIDER | WORDS, {}),
+    "wider, attention, twice the steps": (WIDER | WORDS, dict(steps=2))}
 CHOOSE = dict(sizes=(1, 20, 50, 100, 150, 300), questions=240, split="val", seed=4)  # of `tests`
 
 
