@@ -106,7 +106,7 @@ class Run:
     steps: int = 520  # of 8 haystacks: 10 epochs, as in the paper
     flipped: float = 0.0  # share of the answers that is wrong
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
-    kind: str = "single"  # "single" or "multi" needle
+    kind: str = "single"  # "single" or "multi" needle, or "both", by turns
     anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen; or another one of STUDENTS
     student: str = "student"  # who learns: one of STUDENTS
     start: "Run | None" = None  # the training that this one goes on from; None: the student as it is
@@ -148,10 +148,18 @@ def frozen(name: str):
     return pair()["student"] if name == "student" else load_model(name)[0].to(pair()["device"])
 
 
+def drawn(kind: str, sizes: range, number: int, seed: int) -> list[Haystack]:
+    "Training haystacks of one task, or of both by turns; one image has no room for several needles."
+    if kind != "both": return drawn_training(sizes, number, seed, kind)
+    single = drawn_training(sizes, -(-number//2), seed)
+    several = drawn_training([n for n in sizes if n > 1], number//2, seed, "multi")
+    return [h for pair in zip(single, several) for h in pair] + single[len(several):]
+
+
 @functools.lru_cache(2)
 def pool(seed, number, images, kind, flipped, labels, tower) -> list[dict]:
     "Training haystacks as tensors."
-    haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
+    haystacks = flip_labels(drawn(kind, range(images[0], images[1] + 1), number, seed), flipped, seed)
     if not labels:
         haystacks = unlabelled(haystacks)
     collate = HaystackCollator(pair()["processor"])
@@ -259,19 +267,26 @@ def tests(
     questions: int = QUESTIONS,  # at each size
     split: str = "test",  # "val" to choose by, "test" to report
     seed: int = 1,
+    kind: str = "single",  # or "multi" needle
 ) -> list[Haystack]:
-    return drawn_test(sizes, questions, seed, split)
+    return drawn_test(sizes, questions, seed, split, kind)
+
+
+def exam_name(sizes, questions, split, seed, kind) -> str:
+    "Of `tests`, in paths."
+    kind = "" if kind == "single" else f"{kind}-"
+    return f"{kind}{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}"
 
 
 @functools.lru_cache(4)
 def pictures(
     role: str,  # "teacher" or "student": whose vision tower
-    sizes: tuple, questions: int, split: str, seed: int,  # of `tests`
+    sizes: tuple, questions: int, split: str, seed: int, kind: str = "single",  # of `tests`
 ) -> dict:  # for evaluate(features=)
     "What a vision tower makes of the test pictures, kept on disk."
-    path = WORK/"seen"/f"{role}-{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}.safetensors"
+    path = WORK/"seen"/f"{role}-{exam_name(sizes, questions, split, seed, kind)}.safetensors"
     if not path.exists():
-        haystacks = tests(sizes, questions, split, seed)
+        haystacks = tests(sizes, questions, split, seed, kind)
         made = precompute_prompts(pair()[role], pair()["processor"], haystacks, progress=False)
         flat = {f"{h} {k}": v.contiguous() for h, inputs in made.items() if h != "tower" for k, v in inputs.items()}
         with atomic_write(path) as part:
@@ -287,19 +302,21 @@ def pictures(
 def answers(
     name,  # "teacher", one of STUDENTS or a Run
     sizes: tuple = SIZES, questions: int = QUESTIONS, split: str = "test", seed: int = 1,  # of `tests`
+    kind: str = "single",  # likewise
     ask_with=None,  # (label, function of (model, processor, haystacks, path) -> records): another way of asking
 ) -> dict[int, str]:  # size -> a 1 for each right answer, a 0 for each wrong one
     "Right and wrong, question by question, in the order of `tests`."
     label = (name if isinstance(name, str) else name.id) + (f"-{slug(ask_with[0])}" if ask_with else "")
-    path = WORK/"answers"/f"{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}"/f"{label}.json"
+    exam = sizes, questions, split, seed, kind
+    path = WORK/"answers"/exam_name(*exam)/f"{label}.json"
     if not path.exists():
         model, processor = load(name)
-        model, haystacks = model.to(pair()["device"]), tests(sizes, questions, split, seed)
+        model, haystacks = model.to(pair()["device"]), tests(*exam)
         role = "teacher" if name == "teacher" else "student"
         if ask_with:
             records = ask_with[1](model, processor, haystacks, None)
         else:
-            features = pictures(role, sizes, questions, split, seed)
+            features = pictures(role, *exam)
             records = evaluate(model, processor, haystacks, batch=12, progress=False, features=features)
         found = {}
         for r in records:
