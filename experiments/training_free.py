@@ -15,13 +15,15 @@ from laid_nb.capture import capture
 from laid_nb.evaluate import evaluate
 from laid_nb.inputs import precompute_prompts
 
-NAMES = {"yarn": "YaRN", "self_extend": "SelfExtend", "log_n": "log n scaling", "sort": "attention sorting"}
+NAMES = {"yarn": "YaRN", "small_steps": "small position steps", "self_extend": "SelfExtend", "log_n": "log n scaling",
+         "sort": "attention sorting"}
 FACTORS = (1.25, 1.5, 2., 3., 4., 6., 8., 12., 16., 32., 64., 128., 256.)  # of YaRN
 TRIED = {  # mildest first, as the earlier one wins a tie
     "yarn": [(f, *original) for f in FACTORS for original in ((), (1_300,))],  # trained on 1,300; the config: 32,768
     "log_n": [(slope, start) for slope in (.1, .2, .4, .6, .8, 1.2) for start in (200, 100, 50, 25)],
     "sort": [(1,), (2,)],
-    "self_extend": [(group, window) for group in (2, 8) for window in (256, 32)]}
+    "self_extend": [(group, window) for group in (2, 8) for window in (256, 32)],
+    "small_steps": [(1/2,), (1/4,), (1/8,), (1/16,)]}
 SHARPER = (1.5, 2., 3., 4.)  # control: all logits times one number, whatever the length
 SHORT = (1, 5, 10)  # images, where nothing should be lost; not chosen by
 
