@@ -129,8 +129,7 @@ def evaluate(
     read = _reader(image_root, benchmark, image_column, question_column, answer_column, choices_column, data_split)
     haystacks = _read_or_drawn(data, pictures, read, lambda: drawn_test(sizes, questions, seed, split, kind))
     _check_evaluation(ways, plot, vhs, haystacks)
-    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
-    first = _first_process()
+    seen, first = _seen(model, read(trained_on) if trained_on else None, haystacks), _first_process()
     loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, progress=first,
                  prompt=_prompt(model, processor, prompt, data and benchmark, first), max_batch_tokens=max_batch_tokens)
