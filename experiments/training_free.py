@@ -1,5 +1,5 @@
 """Settings of the training-free baselines, chosen for the embedded student on the split `val`:
-data/results/training_free.json; with --students a smaller grid for the others, and for all what came later:
+data/results/training_free.json; and, with --students only, a smaller grid for the others and what came later for it:
 data/results/training_free_students.json
 
     python experiments/training_free.py [--students] [--quick]
@@ -126,22 +126,32 @@ def ask_numbered(model, processor, haystacks, path=None, features=None):
     return evaluate(model, processor, haystacks, path, batch=12, progress=False, features=seen)
 
 
-@going_on()
-def main(quick=False, students=False):
+def search_embedded(quick: bool):
+    "The embedded student, every setting: data/results/training_free.json."
     start = time.time()
-    if students:
-        exam = ((1, 5), 12, "val", 0) if quick else ((20, 50, 100, 150), 240, "val", 0)
-        grids = {"student": {"small_steps": TRIED["small_steps"]}, "near": COARSE, "small": COARSE}
-        if quick:
-            grids = {who: {k: v[:1] for k, v in grid.items()} for who, grid in grids.items()}
-        found = {who: search_for(who, grid, exam) for who, grid in grids.items()}
-        if not quick:
-            write("training_free_students", dict(exam=exam, students=found), start)
-        return
     found = search({k: v[:2] for k, v in TRIED.items()}, questions=12) if quick else search()
     log("chosen", found["chosen"])
     if not quick:
         write("training_free", found, start)
+
+
+def search_students(quick: bool):
+    "The other students, and what `training_free.json` is too old for: data/results/training_free_students.json."
+    start, exam = time.time(), ((1, 5), 12, "val", 0) if quick else ((20, 50, 100, 150), 240, "val", 0)
+    grids = {"student": {"small_steps": TRIED["small_steps"]}, "near": COARSE, "small": COARSE}
+    if quick:
+        grids = {who: {k: v[:1] for k, v in grid.items()} for who, grid in grids.items()}
+    found = {who: search_for(who, grid, exam) for who, grid in grids.items()}
+    log("chosen", {who: some["chosen"] for who, some in found.items()})
+    if not quick:
+        write("training_free_students", dict(exam=exam, students=found), start)
+
+
+@going_on()
+def main(quick: bool = False, students: bool = False):
+    if not students:
+        search_embedded(quick)
+    search_students(quick)
 
 
 if __name__ == "__main__":
