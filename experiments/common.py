@@ -233,9 +233,9 @@ def finished(rows: dict[str, list[Run]]) -> dict[str, list[Run]]:
     return {name: runs for name, runs in there.items() if runs}
 
 
-def nothing_made():
-    "SystemExit: there is nothing that `--done` could write."
-    raise SystemExit(f"nothing has been made in {WORK} yet: leave out --done")
+def nothing_made() -> SystemExit:
+    "What ends a script with `--done` where there is nothing to write."
+    return SystemExit(f"nothing has been made in {WORK} yet: leave out --done")
 
 
 def finished_points(points: dict) -> dict:

@@ -95,7 +95,7 @@ def main(quick: bool = False, done: bool = False):
         rows = dict(list(tried(who, steps, haystacks).items())[:3 if quick else None])
         if done:
             rows = {name: run for name, run in rows.items() if run.folder.exists()}
-            if len(rows) < 2 or WITHOUT not in rows: nothing_made()
+            if len(rows) < 2 or WITHOUT not in rows: raise nothing_made()
         else:
             do_all(list(rows.values()), **choose)
         scores = {name: score(run, choose) for name, run in rows.items()}
