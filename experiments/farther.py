@@ -26,16 +26,14 @@ TRIED = {  # row -> (settings, other differences from KD + gain)
     "gaps to 2,400, counts to 256": (dict(max_gap=2400, max_multiplicity=256.0), {}),
     "haystacks of 1–60 images": ({}, dict(images=(1, 60))),
     "wider (1,200 and 64), attention": (WIDER | WORDS, {}),
-    "wider, attention, twice the steps": (WIDER | WORDS, dict(steps=2))}
+    "haystacks of 1–60 images, wider": (WIDER, dict(images=(1, 60)))}
 CHOOSE = dict(sizes=(1, 20, 50, 100, 150, 300), questions=240, split="val", seed=4)  # of `tests`
 
 
 def tried(steps: int, haystacks: int) -> dict[str, Run]:
     "Row -> its training; KD + gain first."
     plain = runs("student", (0,), steps, haystacks)[WITHOUT][0]
-    def way(name, settings, other):
-        other = other | dict(name=name, steps=steps*other.get("steps", 1))
-        return replace(plain, settings=plain.settings | settings, **other)
+    def way(name, settings, other): return replace(plain, name=name, settings=plain.settings | settings, **other)
     return {WITHOUT: plain} | {name: way(name, *how) for name, how in TRIED.items()}
 
 

@@ -18,19 +18,20 @@ from laid_nb.evaluate import evaluate
 from laid_nb.inputs import precompute_prompts
 from laid_nb.store import read_json
 
-NAMES = {"yarn": "YaRN", "self_extend": "SelfExtend", "log_n": "log n scaling", "sort": "attention sorting"}
+NAMES = {"yarn": "YaRN", "small_steps": "small position steps", "self_extend": "SelfExtend", "log_n": "log n scaling",
+         "sort": "attention sorting"}
 FACTORS = (1.25, 1.5, 2., 3., 4., 6., 8., 12., 16., 32., 64., 128., 256.)  # of YaRN
 TRIED = {  # mildest first, as the earlier one wins a tie
     "yarn": [(f, *original) for f in FACTORS for original in ((), (1_300,))],  # trained on 1,300; the config: 32,768
     "log_n": [(slope, start) for slope in (.1, .2, .4, .6, .8, 1.2) for start in (200, 100, 50, 25)],
     "sort": [(1,), (2,)],
-    "self_extend": [(group, window) for group in (2, 8) for window in (256, 32)]}
-STEPS = [(1/2,), (1/4,), (1/8,), (1/16,)]  # positions of an image, beside one
+    "self_extend": [(group, window) for group in (2, 8) for window in (256, 32)],
+    "small_steps": [(1/2,), (1/4,), (1/8,), (1/16,)]}
 COARSE = {  # for students that the settings of `TRIED` were not chosen for
     "yarn": [(f, *original) for f in (1.5, 2., 4., 8., 16., 256.) for original in ((), (1_300,))],
     "log_n": [(slope, start) for slope in (.05, .1, .2, .4) for start in (200, 50)],
     "self_extend": TRIED["self_extend"],
-    "steps": STEPS}
+    "small_steps": TRIED["small_steps"]}
 SHARPER = (1.5, 2., 3., 4.)  # control: all logits times one number, whatever the length
 SHORT = (1, 5, 10)  # images, where nothing should be lost; not chosen by
 
@@ -130,7 +131,7 @@ def main(quick=False, students=False):
     start = time.time()
     if students:
         exam = ((1, 5), 12, "val", 0) if quick else ((20, 50, 100, 150), 240, "val", 0)
-        grids = {"student": {"steps": STEPS}, "near": COARSE, "small": COARSE}
+        grids = {"student": {"small_steps": TRIED["small_steps"]}, "near": COARSE, "small": COARSE}
         if quick:
             grids = {who: {k: v[:1] for k, v in grid.items()} for who, grid in grids.items()}
         found = {who: search_for(who, grid, exam) for who, grid in grids.items()}
