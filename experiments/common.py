@@ -215,7 +215,7 @@ def train(
 ) -> Path:  # folder of the student
     "Train, unless that has been done."
     if run.folder.exists(): return run.folder
-    student, _ = load_model(train(run.start) if run.start else run.student, torch.float32)
+    student, _ = load_model(str(train(run.start)) if run.start else run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
     trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=ReadOnce, **settings_of(run))
     if run.folder.exists(): return run.folder  # another experiment was faster
