@@ -16,8 +16,11 @@ import common
 import labels
 import length
 import reproduce
+import training_free
 from laid_nb.accuracy import wilson
+from laid_nb.evaluate import ask
 from laid_nb.haystack import picture_haystack
+from laid_nb.inputs import question_text
 
 RATES = dict.fromkeys(reproduce.METHODS, 1e-3)
 
@@ -130,6 +133,45 @@ def test_equal_runs_have_one_name_and_unequal_ones_two():
     alpha = run.settings | dict(alpha=1.0)
     changes = [dict(seed=1), dict(steps=9), dict(flipped=.1), dict(labels=False), dict(settings=alpha), dict(images=(2, 20))]
     assert len({run.id, *(replace(run, **change).id for change in changes)}) == 7
+    on = replace(run, start=run)
+    assert on.id != run.id and on.id != replace(run, start=replace(run, seed=1)).id
+    assert on.id == replace(run, start=replace(run, name="another")).id
+
+
+def test_a_training_goes_on_from_the_weights_of_another(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "WORK", tmp_path)
+    still = dict(method="sft", learning_rate=0.0)
+    run = common.Run("SFT", 0, dict(method="sft", learning_rate=1e-3), haystacks=8, images=(1, 3), steps=2)
+    weights = lambda r: common.load(r)[0].state_dict()
+    common.train(replace(run, settings=still, start=run))  # trains the other one first
+    first, on = weights(run), weights(replace(run, settings=still, start=run))
+    assert all(torch.equal(x, on[name]) for name, x in first.items())
+    assert any(not torch.equal(x, first[name]) for name, x in common.load("student")[0].state_dict().items())
+
+
+def test_both_tasks_come_by_turns():
+    found = common.drawn("both", range(1, 5), 9, 0)
+    single = [all(q.kind == "single" for q in h.questions) for h in found]
+    assert single == [True, False]*4 + [True]
+    assert [len(h.images) for h in found[::2]] == [1, 2, 3, 4, 1] and min(len(h.images) for h in found[1::2]) == 2
+
+
+def test_teachers_are_the_models_that_runs_name():
+    run = common.Run("KD", 0, dict(method="kd"), student="near")
+    assert common.anchor_of(run) is common.pair()["teacher"]
+    assert common.anchor_of(replace(run, anchor="student")) is common.frozen("near")
+    assert common.anchor_of(replace(run, anchor="small")) is common.frozen("small")
+
+
+def test_numbered_images_stand_in_the_prompt_and_are_questions_like_others(processor):
+    haystack, made = picture_haystack(3, 3, 2, "val"), training_free.numbered(processor)
+    text = question_text(made, haystack, 0)
+    assert [text.count(f"Image {n}: <|vision_start|>") for n in (1, 2, 3, 4)] == [1, 1, 1, 0]
+    assert "Image" not in question_text(processor, haystack, 0)
+    model = common.frozen("student")
+    asked = training_free.ask_numbered(model, processor, [haystack])
+    alone = [ask(model, made, replace(haystack, questions=(q,)))[0][0] for q in haystack.questions]
+    np.testing.assert_allclose([r["margin"] for r in asked], [(a[0] - a[1]).item() for a in alone], atol=1e-4)
 
 
 def test_runs_have_the_names_under_which_the_table_knows_them():
