@@ -186,13 +186,15 @@ class Links:
         return TEXT.sub(change, text)
 
 # --- notebooks ----------------------------------------------------------------
-def fewer_colours(
+def lighter(
     data: bytes,  # PNG
-) -> bytes:  # of 256 colours where that is smaller: figures are lines and text
+) -> tuple[bytes, str]:  # the file, "webp" or "png": the smaller one
+    "Of 256 colours, as figures are lines and text; the colours that are left are kept exactly."
     from PIL import Image
     made = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(made, "PNG", optimize=True)
-    return min(data, made.getvalue(), key=len)
+    few = Image.open(io.BytesIO(data)).convert("RGB").quantize(256)
+    few.convert("RGB").save(made, "WEBP", lossless=True, quality=100, method=6)
+    return min((made.getvalue(), "webp"), (data, "png"), key=lambda made: len(made[0]))
 
 def picture(
     data: bytes,  # of the file
@@ -201,8 +203,8 @@ def picture(
     alt: str,
     links: Links,
 ) -> str:  # HTML
+    if suffix == "png": data, suffix = lighter(data)
     file = Path("figures")/f"{name}.{suffix}"
-    data = fewer_colours(data) if suffix == "png" else data
     (links.copied/file).parent.mkdir(parents=True, exist_ok=True)
     (links.copied/file).write_bytes(data)
     size = ""
@@ -558,6 +560,7 @@ def themed(
     text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     code = r'<div class="highlight"><pre><code>\1</code></pre></div>'
     text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', code, text, flags=re.S)
+    text = re.sub(r'<span class="(?:n|w)">([^<]*)</span>', r"\1", text)  # names and space: in the colour of all code
     def fold(found):
         return f'{found[2]}<details class="laid-code"><summary>{FOLDS[found[1]]}</summary>{found[3]}</details>'
     text = FOLDED.sub(fold, text)
