@@ -193,7 +193,7 @@ def lighter(
     from PIL import Image
     made = io.BytesIO()
     few = Image.open(io.BytesIO(data)).convert("RGB").quantize(256)
-    few.convert("RGB").save(made, "WEBP", lossless=True, quality=100, method=6)
+    few.convert("RGB").save(made, "WEBP", lossless=True)
     return min((made.getvalue(), "webp"), (data, "png"), key=lambda made: len(made[0]))
 
 def picture(
