@@ -268,7 +268,8 @@ def only_imports(
 ) -> bool:  # or imports and not more calls, such as torch.manual_seed(0)
     body = ast.parse(source).body
     imports = sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-    calls = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in body)
+    calls = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+                or isinstance(node, ast.Assign) and ast.unparse(node).startswith("_ = ") for node in body)
     return imports + calls == len(body) and imports >= calls
 
 def folded(

@@ -86,6 +86,7 @@ PLOT = "figure, axes = plt.subplots()\naxes.plot(x)\naxes.set_title('x')\nfigure
 @pytest.mark.parametrize("cell, why", [
     (code("#| export\nimport math\n\nfrom torch import nn"), "imports"),
     (code("%matplotlib inline\nimport torch\ntorch.manual_seed(0)"), "examples"),
+    (code("import torch\n_ = torch.manual_seed(0)"), "examples"),
     (code("import torch\nx = torch.ones(1)"), None),
     (code("#| export\ndef plot_gain(\n    x,  # values\n):\n    return draw(x)"), "plotting"),
     (code("#| export\ndef gain(x): return 2*x"), None),
