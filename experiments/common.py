@@ -53,7 +53,7 @@ SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
 STUDENTS = ("student", "near", "small")  # with one vision tower
-USUAL = (("anchor", "teacher"), ("student", "student"))  # of a Run: what its id leaves out
+USUAL = (("anchor", "teacher"), ("student", "student"), ("start", None))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 
 
@@ -106,13 +106,16 @@ class Run:
     steps: int = 520  # of 8 haystacks: 10 epochs, as in the paper
     flipped: float = 0.0  # share of the answers that is wrong
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
-    kind: str = "single"  # "single" or "multi" needle
-    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen
+    kind: str = "single"  # "single" or "multi" needle, or "both", by turns
+    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen; or another one of STUDENTS
     student: str = "student"  # who learns: one of STUDENTS
+    start: "Run | None" = None  # the training that this one goes on from; None: the student as it is
 
     @property
     def id(self) -> str:
         what = {k: v for k, v in asdict(self).items() if k != "name" and (k, v) not in USUAL}
+        if self.start:
+            what["start"] = self.start.id
         digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
         return f"{slug(self.settings['method'])}-{digest[:8]}"
 
@@ -145,19 +148,34 @@ def frozen(name: str):
     return pair()["student"] if name == "student" else load_model(name)[0].to(pair()["device"])
 
 
+def drawn(kind: str, sizes: range, number: int, seed: int) -> list[Haystack]:
+    "Training haystacks of one task, or of both by turns; one image has no room for several needles."
+    if kind != "both": return drawn_training(sizes, number, seed, kind)
+    single = drawn_training(sizes, -(-number//2), seed)
+    several = drawn_training([n for n in sizes if n > 1], number//2, seed, "multi")
+    return [h for pair in zip(single, several) for h in pair] + single[len(several):]
+
+
 @functools.lru_cache(2)
-def pool(seed, number, images, kind, flipped, labels, anchor) -> list[dict]:
+def pool(seed, number, images, kind, flipped, labels, tower) -> list[dict]:
     "Training haystacks as tensors."
-    haystacks = flip_labels(drawn_training(range(images[0], images[1] + 1), number, seed, kind), flipped, seed)
+    haystacks = flip_labels(drawn(kind, range(images[0], images[1] + 1), number, seed), flipped, seed)
     if not labels:
         haystacks = unlabelled(haystacks)
     collate = HaystackCollator(pair()["processor"])
-    return precompute(haystacks, collate, pair()["student"], pair()[anchor], progress=False)
+    return precompute(haystacks, collate, pair()["student"], pair()[tower], progress=False)
 
 
 def pool_of(run: Run) -> list[dict]:
-    "The training haystacks of a run."
-    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, run.anchor)
+    "The training haystacks of a run; all students have one vision tower."
+    tower = "teacher" if run.anchor == "teacher" else "student"
+    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, tower)
+
+
+def anchor_of(run: Run):
+    "The model that teaches."
+    if run.anchor == "teacher": return pair()["teacher"]
+    return frozen(run.student if run.anchor == "student" else run.anchor)
 
 
 class ReadOnce(LaidTrainer):
@@ -197,10 +215,10 @@ def train(
 ) -> Path:  # folder of the student
     "Train, unless that has been done."
     if run.folder.exists(): return run.folder
-    student, _ = load_model(run.student, torch.float32)
+    student, _ = load_model(train(run.start) if run.start else run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
-    anchor = frozen(run.student) if run.anchor == "student" else pair()["teacher"]
-    trained = quiet_training(student, processor, pool_of(run), anchor, trainer=ReadOnce, **settings_of(run))
+    trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=ReadOnce, **settings_of(run))
+    if run.folder.exists(): return run.folder  # another experiment was faster
     with atomic_write(run.folder) as part:
         save_model(student, processor, part)
         seconds = round(time.time() - start)
@@ -213,6 +231,11 @@ def finished(rows: dict[str, list[Run]]) -> dict[str, list[Run]]:
     and trains nothing."""
     there = {name: [r for r in runs if r.folder.exists()] for name, runs in rows.items()}
     return {name: runs for name, runs in there.items() if runs}
+
+
+def nothing_made() -> SystemExit:
+    "What ends a script with `--done` where there is nothing to write."
+    return SystemExit(f"nothing has been made in {WORK} yet: leave out --done")
 
 
 def finished_points(points: dict) -> dict:
@@ -244,19 +267,26 @@ def tests(
     questions: int = QUESTIONS,  # at each size
     split: str = "test",  # "val" to choose by, "test" to report
     seed: int = 1,
+    kind: str = "single",  # or "multi" needle
 ) -> list[Haystack]:
-    return drawn_test(sizes, questions, seed, split)
+    return drawn_test(sizes, questions, seed, split, kind)
+
+
+def exam_name(sizes, questions, split, seed, kind) -> str:
+    "Of `tests`, in paths."
+    kind = "" if kind == "single" else f"{kind}-"
+    return f"{kind}{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}"
 
 
 @functools.lru_cache(4)
 def pictures(
     role: str,  # "teacher" or "student": whose vision tower
-    sizes: tuple, questions: int, split: str, seed: int,  # of `tests`
+    sizes: tuple, questions: int, split: str, seed: int, kind: str = "single",  # of `tests`
 ) -> dict:  # for evaluate(features=)
     "What a vision tower makes of the test pictures, kept on disk."
-    path = WORK/"seen"/f"{role}-{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}.safetensors"
+    path = WORK/"seen"/f"{role}-{exam_name(sizes, questions, split, seed, kind)}.safetensors"
     if not path.exists():
-        haystacks = tests(sizes, questions, split, seed)
+        haystacks = tests(sizes, questions, split, seed, kind)
         made = precompute_prompts(pair()[role], pair()["processor"], haystacks, progress=False)
         flat = {f"{h} {k}": v.contiguous() for h, inputs in made.items() if h != "tower" for k, v in inputs.items()}
         with atomic_write(path) as part:
@@ -272,19 +302,21 @@ def pictures(
 def answers(
     name,  # "teacher", one of STUDENTS or a Run
     sizes: tuple = SIZES, questions: int = QUESTIONS, split: str = "test", seed: int = 1,  # of `tests`
+    kind: str = "single",  # likewise
     ask_with=None,  # (label, function of (model, processor, haystacks, path) -> records): another way of asking
 ) -> dict[int, str]:  # size -> a 1 for each right answer, a 0 for each wrong one
     "Right and wrong, question by question, in the order of `tests`."
     label = (name if isinstance(name, str) else name.id) + (f"-{slug(ask_with[0])}" if ask_with else "")
-    path = WORK/"answers"/f"{split}-{seed}-{questions}-{'-'.join(map(str, sizes))}"/f"{label}.json"
+    exam = sizes, questions, split, seed, kind
+    path = WORK/"answers"/exam_name(*exam)/f"{label}.json"
     if not path.exists():
         model, processor = load(name)
-        model, haystacks = model.to(pair()["device"]), tests(sizes, questions, split, seed)
+        model, haystacks = model.to(pair()["device"]), tests(*exam)
         role = "teacher" if name == "teacher" else "student"
         if ask_with:
             records = ask_with[1](model, processor, haystacks, None)
         else:
-            features = pictures(role, sizes, questions, split, seed)
+            features = pictures(role, *exam)
             records = evaluate(model, processor, haystacks, batch=12, progress=False, features=features)
         found = {}
         for r in records:

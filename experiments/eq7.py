@@ -1,6 +1,7 @@
 """A fair chance for Eq. 7, on two students that nobody made short-sighted: its settings, one at a time, on validation
 haystacks, all with the gain, window simulation, recomposed pictures and the rates of LAid+; then the best of them and
-KD + gain over several trainings, on the test haystacks: data/results/eq7.json
+KD + gain over several trainings, on the test haystacks; and both again for four times the steps, and on from where
+KD + gain has come: data/results/eq7.json
 
   python experiments/eq7.py            # goes on where it was stopped; finds the trainings of students.py
   python experiments/eq7.py --quick    # a smoke test
@@ -11,7 +12,21 @@ import time
 from dataclasses import replace
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, SEEDS, SIZES, Run, answers, do_all, finished, going_on, shares, spent, tests, write
+from common import (
+    QUESTIONS,
+    SEEDS,
+    SIZES,
+    Run,
+    answers,
+    do_all,
+    finished,
+    going_on,
+    nothing_made,
+    shares,
+    spent,
+    tests,
+    write,
+)
 from reproduce import HAYSTACKS, STEPS
 from students import runs
 
@@ -51,6 +66,15 @@ def proved(who: str, best: Run, seeds: tuple) -> dict[str, list[Run]]:
     return {WITHOUT: without, "Eq. 7": [replace(best, seed=seed) for seed in seeds]}
 
 
+def later(who: str, best: Run, seeds: tuple) -> dict[str, dict[str, list[Run]]]:
+    "Eq. 7 and what it is compared with: longer, and aligned only when KL has settled."
+    rows = proved(who, best, seeds)
+    longer = {name: [replace(run, steps=4*run.steps) for run in some] for name, some in rows.items()}
+    def on(run, first): return replace(run, start=first)
+    after = {name: list(map(on, some, rows[WITHOUT])) for name, some in rows.items()}
+    return {"four times the steps": longer, "after KL has settled": after}
+
+
 def compared(who: str, rows: dict[str, list[Run]], how: dict) -> dict:
     "Summary of a student's rows on the test haystacks, and the paired difference that Eq. 7 makes."
     models = {"teacher": [answers("teacher", **how)], "student": [answers(who, **how)]}
@@ -71,6 +95,7 @@ def main(quick: bool = False, done: bool = False):
         rows = dict(list(tried(who, steps, haystacks).items())[:3 if quick else None])
         if done:
             rows = {name: run for name, run in rows.items() if run.folder.exists()}
+            if len(rows) < 2 or WITHOUT not in rows: raise nothing_made()
         else:
             do_all(list(rows.values()), **choose)
         scores = {name: score(run, choose) for name, run in rows.items()}
@@ -80,8 +105,13 @@ def main(quick: bool = False, done: bool = False):
             proof = finished(proof)
         else:
             do_all([run for some in proof.values() for run in some], **how)
-        made += [*rows.values(), *(run for some in proof.values() for run in some)]
+        more = {name: finished(pair) if done else pair for name, pair in later(who, rows[best], seeds[:2]).items()}
+        more = {name: pair for name, pair in more.items() if len(pair) == 2}
+        if not done:
+            do_all([run for pair in more.values() for some in pair.values() for run in some], **how)
+        made += [*rows.values(), *(run for pair in (proof, *more.values()) for some in pair.values() for run in some)]
         found[who] = dict(tried=scores, best=best) | compared(who, proof, how)
+        found[who]["later"] = {name: compared(who, pair, how) for name, pair in more.items()}
     write("eq7_quick" if quick else "eq7", dict(
         training_seconds=spent(made), steps=steps, chosen_on=choose, seeds=seeds, students=found), start)
 

@@ -45,6 +45,7 @@ def told(results: Results) -> dict:
 
 def of_folder(folder: Path) -> dict:
     "What stands in a folder of `laid real`: its table, perplexities, seconds of each training, and where it was made."
+    if not (folder/"results.json").is_file(): raise SystemExit(f"{folder} holds no results.json: run laid real first")
     ran = read_json(folder/"results.json")
     runs = {p.parent.name: read_json(p)["seconds"] for p in sorted(folder.glob("models/*/run.json"))}
     read = {p.stem: read_json(p) for p in sorted((folder/"records").glob("*.json"))}

@@ -7,7 +7,6 @@ data/results/students.json
 """
 import sys
 import time
-from functools import partial
 
 import training_free
 import why
@@ -17,7 +16,6 @@ from asking import prompts
 from common import (
     QUESTIONS,
     RESULTS,
-    SEEDS,
     SIMULATION,
     SIZES,
     STUDENTS,
@@ -27,40 +25,57 @@ from common import (
     finished,
     going_on,
     load,
-    pictures,
     spent,
     tests,
     write,
 )
 from laid_nb.store import read_json
-from reproduce import HAYSTACKS, STEPS, questions_of
+from reproduce import HAYSTACKS, STEPS, asked_with, questions_of, settings
 from self_anchor import THIN
 
-WAYS = {  # row -> (settings beyond those that all share, what differs in the Run)
+MANY = (0, 1, 2, 3, 4)  # seeds of rows that a sentence compares
+PLAIN = {  # row -> (method and rate of reproduce.py, what is beside it); all with window simulation
+    "SFT": ("SFT", {}),
+    "KD": ("KD", dict(recompose=.5)),
+    "KD, reverse": ("KD", dict(recompose=.5, divergence="reverse")),
+    "LAid": ("LAid", dict(recompose=.5))}
+GAINED = {  # row -> (settings beyond those that all share, what differs in the Run)
     "SFT + gain": (dict(method="sft"), {}),
     "KD + gain": (dict(method="kd", recompose=.5), {}),
     "LAid + gain": (dict(method="laid", recompose=.5), {}),
     "LAid+": (dict(method="laid+", recompose=.5), {}),
     "self-anchored, no label": (dict(method="kd", thin=THIN, recompose=1.0, alpha=1.0),
-                                dict(labels=False, anchor="student"))}
+                                dict(labels=False, anchor="student")),
+    "LAid + gain + spectra": (dict(method="laid", recompose=.5, lambda_fourier=.3), {})}
 
+FEWER = {"LAid+": 2, "LAid + gain + spectra": 2} | dict.fromkeys(PLAIN, 1)  # of these that many
 
 def runs(student: str, seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
-    "Row -> a training for each seed, all with the gain, window simulation and the rates that were chosen for LAid+."
-    def every(name, more, differs):
-        shared = more | (dict(gain=True) if more["method"] != "laid+" else {}) | RATES | SIMULATION
-        how = dict(haystacks=haystacks, steps=steps, student=student) | differs
-        return [Run(name, seed, shared, **how) for seed in seeds]
-    return {name: every(name, *way) for name, way in WAYS.items()}
+    """Row -> a training for each seed, with window simulation: with the gain at the rates that were chosen for LAid+,
+    and without it at those that were chosen for its method."""
+    chosen = read_json(RESULTS/"reproduce.json")["search"]["chosen"]
+    plain = {name: (settings(method, chosen[method], True) | more, {}) for name, (method, more) in PLAIN.items()}
+    def shared(how): return how | (dict(gain=True) if how["method"] != "laid+" else {}) | RATES | SIMULATION
+    gained = {name: (shared(how), differs) for name, (how, differs) in GAINED.items()}
+    def every(name, how, differs):
+        return [Run(name, seed, how, **dict(haystacks=haystacks, steps=steps, student=student) | differs)
+                for seed in seeds[:FEWER.get(name)]]
+    return {name: every(name, *way) for name, way in (plain | gained).items()}
+
+
+def turn(run: Run) -> tuple:
+    "Place in the order of training: seed by seed; first one that keeps what the others ask the teacher, beside SFT."
+    first = run.name == "LAid + gain" and run.student == "student"
+    return run.seed, not first, run.settings["method"] != "sft"
 
 
 def measured(student: str, rows: dict[str, list[Run]], how: dict) -> dict:
-    "Row -> answers of each training; the student itself and log n scaling first."
-    chosen = read_json(RESULTS/"training_free.json")["chosen"]["log_n"]
-    scale = training_free.methods({"log_n": chosen})["log n scaling"]
-    seen = pictures("student", how["sizes"], how["questions"], "test", 1)
-    models = {"teacher": [answers("teacher", **how)], "student": [answers(student, **how)],
-              "log n scaling": [answers(student, ask_with=(f"log n {chosen}", partial(scale, features=seen)), **how)]}
+    "Row -> answers of each training; the student itself and what needs no training first, as chosen for this student."
+    models = {"teacher": [answers("teacher", **how)], "student": [answers(student, **how)]}
+    chosen = {method: values for method, values in training_free.chosen_for(student).items() if method != "sort"}
+    for label, ask in training_free.methods(chosen).items():
+        models[label] = [asked_with(f"{label} {chosen}", student, ask, how)]
+    models["numbered images"] = [asked_with("numbered images", student, training_free.ask_numbered, how)]
     return models | {name: [answers(run, **how) for run in some] for name, some in rows.items()}
 
 
@@ -74,11 +89,11 @@ def ending(student: str, questions: int) -> dict:
 @going_on()
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
-    steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)
+    steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, MANY)
     blocks = {student: runs(student, seeds, steps, haystacks) for student in STUDENTS}
     if done:
         blocks = {student: finished(rows) for student, rows in blocks.items()}
-    trainings = sorted((r for rows in blocks.values() for some in rows.values() for r in some), key=lambda r: r.seed)
+    trainings = sorted((r for rows in blocks.values() for some in rows.values() for r in some), key=turn)
     if not done:
         do_all(trainings, **how)
     models = {student: measured(student, rows, how) for student, rows in blocks.items()}

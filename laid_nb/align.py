@@ -199,7 +199,7 @@ def fit_mixing(
     init: str = "ridge",  # "ridge", "uniform" or "random"
     seed: int = 0,  # for "random"
 ) -> dict[tuple[int, int], GramStats]:  # what was measured, by pair; empty where heads cannot be compared by dimension
-    "Start the weights, and measure the teacher's scales where Eq. 7 is to be had."
+    "Start the weights, and measure the teacher's scales where Eq. 7 can be computed."
     pairs, by_band = pairs_of(mixing), next(iter(mixing.values())).form != "scalar"
     comparable = all(shared_specs(student, teacher, pairs).values()) and all(map(same_tokens, batches))
     stats = gram_sums(pairs, student, teacher, batches, by_band) if comparable else {}

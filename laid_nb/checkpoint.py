@@ -41,7 +41,7 @@ def publish_checkpoint(
     folder: Path,  # what it is to be; one that is there is replaced
     run: dict,  # what the run is, as json can write it
 ) -> None:
-    "Add the record, see all files to the disk, and give the checkpoint its name."
+    "Add the record, flush all files to the disk, and give the checkpoint its name."
     write_json(staged/RUN_FILE, {"run": run, "files": _sizes(staged)})
     sync(staged)
     old = _hide(folder)

@@ -45,6 +45,7 @@ _Count = Annotated[int, positive]
 _Seed = Annotated[int, natural]
 _Source = Literal[tuple(BENCHMARKS)]
 _Yarn = Annotated[tuple, numbers("FACTOR[:POSITIONS]", float, int)]
+_Step = Annotated[tuple, numbers("STEP", float)]
 _SelfExtend = Annotated[tuple, numbers("GROUP:WINDOW", int, int)]
 _LogN = Annotated[tuple, numbers("SLOPE:KEYS", float, int)]
 _Rounds = Annotated[tuple, numbers("ROUNDS", int)]
@@ -116,6 +117,7 @@ def evaluate(
     max_pixels: _Count | None = None,  # of an image at most (default: as saved with the model)
     image_budget: _Count | None = None,  # of all images of a haystack together (default: as saved with the model)
     yarn: _Yarn | None = None,  # by YaRN: how many times longer inputs may be, and the trained length (the config's)
+    small_steps: _Step | None = None,  # what a token of an image adds to the position, at most 1, where text adds 1
     self_extend: _SelfExtend | None = None,  # by SelfExtend: positions that share one, beyond a window of positions
     log_n: _LogN | None = None,  # logits times 1 + SLOPE ln(n/KEYS) where a row sees n keys and n is over KEYS
     sort: _Rounds | None = None,  # read, sort images by attention, and read again, this often
@@ -123,12 +125,11 @@ def evaluate(
     plot: str | None = None,  # file .png, .svg or .pdf: also draw accuracy against size
 ):  # -> laid_nb.accuracy.Results
     "Accuracy of a model by haystack size."
-    ways = _given(yarn=yarn, self_extend=self_extend, log_n=log_n, sort=sort)
+    ways = _given(yarn=yarn, small_steps=small_steps, self_extend=self_extend, log_n=log_n, sort=sort)
     read = _reader(image_root, benchmark, image_column, question_column, answer_column, choices_column, data_split)
     haystacks = _read_or_drawn(data, pictures, read, lambda: drawn_test(sizes, questions, seed, split, kind))
     _check_evaluation(ways, plot, vhs, haystacks)
-    seen = _seen(model, read(trained_on) if trained_on else None, haystacks)
-    first = _first_process()
+    seen, first = _seen(model, read(trained_on) if trained_on else None, haystacks), _first_process()
     loaded, processor = _load_limited(model, dtype, attn_implementation, (min_pixels, max_pixels, image_budget))
     asked = dict(name=model, batch=batch_size, generate=generate, max_new_tokens=max_new_tokens, progress=first,
                  prompt=_prompt(model, processor, prompt, data and benchmark, first), max_batch_tokens=max_batch_tokens)

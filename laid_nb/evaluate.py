@@ -520,7 +520,7 @@ def _own_file(path, header, marks):  # yields the records that are there
             raise
 
 def _append(path, records):
-    "Add lines in one write and see them to the disk."
+    "Add lines in one write and flush them to the disk."
     with open(path, "a", encoding="utf-8") as f:
         f.write("".join(json.dumps(r) + "\n" for r in records))
         f.flush()

@@ -811,13 +811,20 @@ def image_inputs(
     beside = to_model(model, {key: batch[key] for key in names if key in batch and key not in OURS})
     return beside | {"inputs_embeds": embeds.masked_scatter(image[..., None], features.to(embeds))}
 
+# %% ../nbs/07c_inputs.ipynb #position-owner
+def position_owner(
+    model,  # a transformers model
+):  # -> its part that has `get_rope_index`; None: there is none
+    "What counts the M-RoPE positions of a model."
+    return next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+
 # %% ../nbs/07c_inputs.ipynb #positions
 def read_positions(
     model,  # a transformers model
     inputs: dict,  # from `HaystackCollator`, or a prompt from `prompt_inputs`; `attention_mask` may be absent
 ) -> torch.Tensor:  # [3, batch, tokens] for M-RoPE, else [batch, tokens]
     "Positions as the model itself would count them."
-    owner = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
+    owner = position_owner(model)
     if owner is None:
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         return (mask.cumsum(1) - 1).clamp(min=0)

@@ -356,6 +356,7 @@ def _claim(out, settings):
     begun, asked = read_json(mark), settings | dict(sizes=list(settings["sizes"]))
     if not isinstance(begun, dict) or not begun.keys() <= asked.keys():
         raise ValueError(f"{mark} is not of laid real: choose another folder with --out")
+    begun = asdict(Real(sizes=asked["sizes"])) | begun  # a folder of an earlier version does not name all of them
     differ = [k for k, v in begun.items() if v != asked[k]]
     if differ: raise ValueError(f"{out} was begun with another {', '.join(differ)}: choose another folder with --out")
 

@@ -51,7 +51,7 @@ def sync(
     path,  # file or folder
     deep: bool = True,  # False: of a folder only the names in it
 ) -> None:
-    "See a file, or all that is in a folder, to the disk."
+    "Flush a file, or all that is in a folder, to the disk."
     path = Path(path)
     for part in (*(path.rglob("*") if deep and path.is_dir() else ()), path):
         if part.is_file() or os.name == "posix":  # Windows has no handle of a folder
@@ -101,7 +101,7 @@ def _remove_leftovers(path):
 @contextmanager
 def atomic_write(
     path,  # file or folder to be made
-    synced: bool = True,  # see it to the disk first; False for what has a checksum and can be made again
+    synced: bool = True,  # flush it to the disk first; False for what has a checksum and can be made again
 ):  # yields a temporary path beside it, with the same suffix
     "What is written to the path yielded gets its name when the block ends, and is removed when the block fails."
     path = Path(path)

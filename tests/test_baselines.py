@@ -25,12 +25,22 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
+from families import build
 from laid_nb import baselines
 from laid_nb.anchors import anchor_config
-from laid_nb.baselines import _sort_images, ask_sorted, evaluate_with, image_attention, log_scaling, self_extend, yarn
+from laid_nb.baselines import (
+    _sort_images,
+    ask_sorted,
+    evaluate_with,
+    image_attention,
+    log_scaling,
+    self_extend,
+    small_steps,
+    yarn,
+)
 from laid_nb.capture import _changes as interceptions
 from laid_nb.capture import capture
-from laid_nb.evaluate import ask, evaluate, read_records
+from laid_nb.evaluate import ask, ask_many, evaluate, read_records
 from laid_nb.haystack import Haystack, Question, picture_haystack
 from laid_nb.inputs import OURS, HaystackCollator, encode, image_inputs, precompute_prompts, read_positions
 from laid_nb.rope import RopeSpec
@@ -116,6 +126,99 @@ def test_yarn_refuses_values(factor, original):
 
 def test_yarn_needs_a_rotary_embedding():
     with pytest.raises(ValueError, match="0 text models"), yarn(GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=10)), 2.): pass
+
+# ---------------------------------------------------------------- small position steps
+
+#        word  <  .  .  .  .  .  .  >  word  <  .  .  >  word word: an image of 2 x 3 patches, one of 1 x 2
+BY_HAND = [[0, .25, .5, .5, .5, .50, .50, .5, 1.25, 2.25, 2.5, 2.75, 2.75, 3.25, 4.25, 5.25],
+           [0, .25, .5, .5, .5, .75, .75, .75, 1.25, 2.25, 2.5, 2.75, 2.75, 3.25, 4.25, 5.25],
+           [0, .25, .5, .75, 1, .5, .75, 1., 1.25, 2.25, 2.5, 2.75, 3., 3.25, 4.25, 5.25]]
+
+def two_images(model):
+    "Arguments of `get_rope_index` for the prompt of `BY_HAND`, and twice more with padding, at the left and at the right."
+    patch, opens, closes = (getattr(model.config, f"{name}_token_id") for name in ("image", "vision_start", "vision_end"))
+    ids = torch.tensor([5, opens, *[patch]*6, closes, 5, opens, patch, patch, closes, 5, 6])
+    ids = torch.stack([F.pad(ids, pads) for pads in ((0, 3), (3, 0), (0, 3))])
+    return dict(input_ids=ids, attention_mask=(ids > 0).long(), mm_token_type_ids=(ids == patch).long(), image_grid_thw=torch.tensor([[1, 4, 6], [1, 2, 4]]*3))
+
+def test_small_steps_by_hand(model):
+    inputs, by_hand = two_images(model), torch.tensor(BY_HAND)
+    with small_steps(model, 1/4): positions, behind = model.model.get_rope_index(**inputs)
+    for row, pads in enumerate(((0, 3), (3, 0), (0, 3))): assert torch.equal(positions[:, row], F.pad(by_hand, pads))  # padding stays at 0
+    assert behind.tolist() == [[6.25 - 16]]*3  # what is added to the number of real tokens for the next position
+    alone = {k: v[:1, :16] for k, v in inputs.items() if k != "image_grid_thw" and k != "attention_mask"} | {"image_grid_thw": inputs["image_grid_thw"][:2]}
+    with small_steps(model, 1/4): assert torch.equal(read_positions(model, alone)[:, 0], by_hand)  # there need be no mask
+
+def test_small_steps_that_end_at_an_image(model):
+    "Padding right behind an image, and none."
+    inputs = {k: v[:1, :14] if v.shape[1] > 3 else v[:2] for k, v in two_images(model).items()}
+    for pads in (0, 4):
+        given = {k: F.pad(v, (0, pads)) if v.shape[1] > 3 else v for k, v in inputs.items()}
+        with small_steps(model, 1/4): positions, behind = model.model.get_rope_index(**given)
+        assert torch.equal(positions[:, 0], F.pad(torch.tensor(BY_HAND)[:, :14], (0, pads))) and behind.tolist() == [[4.25 - 14]]
+
+def test_small_steps_of_1_change_nothing(model, processor, haystack):
+    inputs = prompt(processor, haystack)
+    plain, asked = logits(model, inputs), ask(model, processor, haystack, batch=3)[0]
+    with small_steps(model, 1): assert torch.equal(logits(model, inputs), plain) and torch.equal(ask(model, processor, haystack, batch=3)[0], asked)
+
+def test_small_steps_are_words_alone_where_there_is_no_image(model):
+    ids = torch.randint(7, 40, (2, 9))
+    given = dict(input_ids=ids, mm_token_type_ids=torch.zeros_like(ids), image_grid_thw=torch.zeros(0, 3, dtype=torch.long))
+    with small_steps(model, 1/4): positions, behind = model.model.get_rope_index(**given)
+    assert torch.equal(positions, torch.arange(9.).expand(3, 2, -1)) and behind.tolist() == [[0], [0]]
+
+def test_small_steps_leave_after_an_error(model, processor, haystack):
+    inputs = prompt(processor, haystack)
+    plain, positions, state = logits(model, inputs), read_positions(model, inputs), {k: v for k, v in vars(model.model).items()}
+    with pytest.raises(ZeroDivisionError), small_steps(model, 1/4):
+        assert not torch.allclose(logits(model, inputs), plain, atol=1e-3)
+        1/0
+    assert vars(model.model) == state and torch.equal(read_positions(model, inputs), positions) and torch.equal(logits(model, inputs), plain)
+
+def test_small_steps_do_not_nest(model):
+    with small_steps(model, 1/2):
+        with pytest.raises(RuntimeError, match="changed already"), small_steps(model, 1/2): pass
+        assert "get_rope_index" in vars(model.model)  # the outer block lasts
+
+def test_small_steps_of_another_model(model, processor, haystack):
+    other = copy.deepcopy(model)
+    with small_steps(model, 1/4): assert torch.equal(read_positions(other, prompt(processor, haystack)), read_positions(copy.deepcopy(other), prompt(processor, haystack)))
+
+@pytest.mark.parametrize("step", [0, -.5, 1.01, math.nan, math.inf])
+def test_small_steps_refuse_values(step, model):
+    with pytest.raises(ValueError, match="over 0 and at most 1 position"), small_steps(model, step): pass
+
+def test_small_steps_refuse_models(model, monkeypatch):
+    with pytest.raises(ValueError, match="LlamaForCausalLM has no get_rope_index"), small_steps(llama(), 1/2): pass
+    monkeypatch.setattr(baselines, "_DELIMITERS", (("im_start_id", "im_end_id"),))  # names that the model's config does not have
+    with pytest.raises(ValueError, match="config of Qwen2_5_VLForConditionalGeneration has no im_start_id"), small_steps(model, 1/2): pass
+    assert "get_rope_index" not in vars(model.model)
+
+def test_small_steps_generate_in_a_padded_batch(model, processor):
+    alone = [prompt(processor, picture_haystack(seed, n, 1, "val")) for seed, n in ((0, 2), (1, 5))]
+    longest = max(x["input_ids"].shape[1] for x in alone)
+    both = {k: torch.cat([F.pad(x[k], (longest - x["input_ids"].shape[1], 0)) if k in ("input_ids", "attention_mask", "mm_token_type_ids") else x[k] for x in alone]) for k in alone[0]}
+    settings = dict(max_new_tokens=5, min_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    with small_steps(model, 1/4):
+        together = torch.stack(model.generate(**both, **settings).logits)
+        for row, inputs in enumerate(alone): torch.testing.assert_close(together[:, row], torch.cat(model.generate(**inputs, **settings).logits), atol=1e-4, rtol=0)
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "qwen3_5", "glm4v"])
+def test_small_steps_of_other_families(family):
+    "Haystacks of unequal length together are whole prompts, and the last word is nearer by what the images take less."
+    reads, make = build(family)
+    other, stacks = make("student"), [picture_haystack(seed, n, 2, "val") for seed, n in ((0, 2), (1, 5))]
+    yes_no = [reads.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("Yes", "No")]
+    with small_steps(other, 1/4):
+        together = ask_many(other, reads, stacks, [None, None])
+        for stack, (found, _) in zip(stacks, together):
+            inputs = [prompt(reads, stack, t) for t in range(2)]
+            whole = torch.stack([logits(other, x, use_cache=False)[0, -1].log_softmax(-1)[yes_no] for x in inputs])
+            torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
+            last = read_positions(other, inputs[0]).max()
+            grid = inputs[0]["image_grid_thw"]
+    assert last == read_positions(other, inputs[0]).max() - 3/4*(grid[:, 1:].amax(1)//2 + 2).sum()
 
 # ---------------------------------------------------------------- the changed attention
 
@@ -316,7 +419,7 @@ def test_inside_the_window_nothing_changes(model, processor, haystack):
     with self_extend(model, 5, last + 1): torch.testing.assert_close(logits(model, inputs), plain, atol=1e-4, rtol=0)
     with self_extend(model, 1, 3): torch.testing.assert_close(logits(model, inputs), plain, atol=1e-4, rtol=0)
 
-WAYS = {"self_extend": lambda m: self_extend(m, 3, 8), "log_n": lambda m: log_scaling(m, .5, 12), "yarn": lambda m: yarn(m, 3., 40)}
+WAYS = {"self_extend": lambda m: self_extend(m, 3, 8), "log_n": lambda m: log_scaling(m, .5, 12), "yarn": lambda m: yarn(m, 3., 40), "small_steps": lambda m: small_steps(m, .25)}
 
 @pytest.mark.parametrize("way", WAYS)
 def test_questions_on_a_cache_are_whole_prompts(way, model, processor, haystack):
@@ -472,7 +575,7 @@ def test_ask_sorted_refuses(model, processor, haystack, tmp_path):
 
 # ---------------------------------------------------------------- evaluation
 
-@pytest.mark.parametrize("method, values, text", [("yarn", (2., 40), "yarn 2:40"), ("self_extend", (3, 8), "self_extend 3:8"), ("log_n", (.5, 12), "log_n 0.5:12"), ("sort", (1,), "sort 1")])
+@pytest.mark.parametrize("method, values, text", [("yarn", (2., 40), "yarn 2:40"), ("self_extend", (3, 8), "self_extend 3:8"), ("log_n", (.5, 12), "log_n 0.5:12"), ("small_steps", (.25,), "small_steps 0.25"), ("sort", (1,), "sort 1")])
 def test_evaluation_names_its_method(method, values, text, model, processor, haystack, tmp_path):
     path = tmp_path/"a.jsonl"
     records = evaluate_with(method, values, model, processor, [haystack], path, progress=False)
@@ -495,6 +598,6 @@ def test_methods_of_the_experiments(model, processor, haystack, monkeypatch, tmp
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent/"experiments"))
     import training_free
     assert training_free.TRIED.keys() == training_free.NAMES.keys() == {*baselines._METHODS, "sort"}
-    for name, way in training_free.methods({"yarn": [2.], "self_extend": [3, 8], "log_n": [.5, 12], "sort": [1]}).items():
+    for name, way in training_free.methods({"yarn": [2.], "self_extend": [3, 8], "log_n": [.5, 12], "small_steps": [.25], "sort": [1]}).items():
         records = way(model, processor, [haystack], tmp_path/f"{name}.jsonl")
         assert len(records) == 4 and read_records(tmp_path/f"{name}.jsonl")[0]["method"]

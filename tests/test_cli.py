@@ -177,7 +177,7 @@ def test_eval_goes_on_where_it_stopped(pair, work):
     np.testing.assert_allclose([r["margin"] for r in records], [r["margin"] for r in full[1]], atol=1e-4)
 
 
-@pytest.mark.parametrize("option, said", [(("--yarn", "2"), "yarn 2"), (("--yarn", "1.5:100"), "yarn 1.5:100"), (("--self-extend", "3:8"), "self_extend 3:8"), (("--log-n", "0.2:20"), "log_n 0.2:20"), (("--sort", "1"), "sort 1")])
+@pytest.mark.parametrize("option, said", [(("--yarn", "2"), "yarn 2"), (("--yarn", "1.5:100"), "yarn 1.5:100"), (("--self-extend", "3:8"), "self_extend 3:8"), (("--log-n", "0.2:20"), "log_n 0.2:20"), (("--small-steps", "0.25"), "small_steps 0.25"), (("--sort", "1"), "sort 1")])
 def test_eval_with_a_training_free_baseline(option, said, pair, work, capsys):
     line = ["eval", pair/"student", "--pictures", "--sizes", "3", "--questions", "2", "--out", "a.jsonl"]
     ok([*line, *option])
@@ -384,7 +384,7 @@ def test_result_that_exists(pair, work, capsys):
 
 @pytest.mark.parametrize("options, words", [(("--yarn", "2", "--sort", "1"), ("--sort", "not allowed with", "--yarn")), (("--self-extend", "4"), ("'4'", "GROUP:WINDOW")), (("--self-extend", "4:2.5"), ("'4:2.5'", "GROUP:WINDOW")),
                                             (("--log-n", "1:2:3"), ("SLOPE:KEYS",)), (("--yarn", ""), ("FACTOR[:POSITIONS]",)), (("--self-extend", "0:5"), ("0 and 5",)), (("--yarn", "0.5"), ("factor 0.5",)), (("--sort", "0"), ("got 0",)),
-                                            (("--log-n", "nan:5"), ("nan:5",))])
+                                            (("--log-n", "nan:5"), ("nan:5",)), (("--small-steps", "2"), ("at most 1 position, got 2",)), (("--small-steps", "0.5", "--yarn", "2"), ("--small_steps is not allowed with --yarn",))])
 def test_training_free_baselines_that_cannot_be(options, words, pair, work, capsys):
     refused(capsys, work, ["eval", pair/"student", "--pictures", "--sizes", "2", "--questions", "2", "--out", "a.jsonl", *options], *words)
 

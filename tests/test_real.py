@@ -188,6 +188,11 @@ def test_seeds_are_not_negative_and_at_least_one(seeds, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_text_from_before_pictures_is_not_gone_on_with_pictures(tmp_path):
+    (tmp_path/"real.json").write_text('{"questions": 48}')
+    with pytest.raises(ValueError, match="another pictures"): run_real(Real(pictures=True), tmp_path, [])
+
+
 @pytest.mark.parametrize("text", ['{"hello": 1}', "[1]"])
 def test_a_file_of_another_kind_is_refused(text, tmp_path):
     (tmp_path/"real.json").write_text(text)
