@@ -186,13 +186,16 @@ class Links:
         return TEXT.sub(change, text)
 
 # --- notebooks ----------------------------------------------------------------
-def fewer_colours(
+def lighter(
     data: bytes,  # PNG
-) -> bytes:  # of 256 colours where that is smaller: figures are lines and text
+) -> tuple[bytes, str]:  # the file, "webp" or "png": the smaller one
+    """Lines and text in 256 colours, of which none is changed further; what has more than 16,000 shows pictures, which
+    keep their colours and lose what the eye does not miss."""
     from PIL import Image
-    made = io.BytesIO()
-    Image.open(io.BytesIO(data)).convert("RGB").quantize(256).save(made, "PNG", optimize=True)
-    return min(data, made.getvalue(), key=len)
+    made, image = io.BytesIO(), Image.open(io.BytesIO(data)).convert("RGB")
+    if image.getcolors(16_000): image.quantize(256).convert("RGB").save(made, "WEBP", lossless=True)
+    else: image.save(made, "WEBP", quality=90)
+    return min((made.getvalue(), "webp"), (data, "png"), key=lambda made: len(made[0]))
 
 def picture(
     data: bytes,  # of the file
@@ -201,8 +204,8 @@ def picture(
     alt: str,
     links: Links,
 ) -> str:  # HTML
+    if suffix == "png": data, suffix = lighter(data)
     file = Path("figures")/f"{name}.{suffix}"
-    data = fewer_colours(data) if suffix == "png" else data
     (links.copied/file).parent.mkdir(parents=True, exist_ok=True)
     (links.copied/file).write_bytes(data)
     size = ""
@@ -266,7 +269,8 @@ def only_imports(
 ) -> bool:  # or imports and not more calls, such as torch.manual_seed(0)
     body = ast.parse(source).body
     imports = sum(isinstance(node, (ast.Import, ast.ImportFrom)) for node in body)
-    calls = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) for node in body)
+    calls = sum(isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+                or isinstance(node, ast.Assign) and ast.unparse(node).startswith("_ = ") for node in body)
     return imports + calls == len(body) and imports >= calls
 
 def folded(
@@ -558,6 +562,7 @@ def themed(
     text = re.sub(r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', "", text, flags=re.S)
     code = r'<div class="highlight"><pre><code>\1</code></pre></div>'
     text = re.sub(r'<div class="\s*highlight(?:-ipynb)?[^"]*"><pre>(.*?)</pre></div>', code, text, flags=re.S)
+    text = re.sub(r'<span class="(?:n|w)">([^<]*)</span>', r"\1", text)  # names and space: in the colour of all code
     def fold(found):
         return f'{found[2]}<details class="laid-code"><summary>{FOLDS[found[1]]}</summary>{found[3]}</details>'
     text = FOLDED.sub(fold, text)

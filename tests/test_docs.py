@@ -9,7 +9,9 @@ import sys
 import tokenize
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]/"docs"))
 mkdocs = pytest.importorskip("mkdocs_jupyter")
@@ -45,7 +47,27 @@ def test_a_figure_gets_the_alt_text_of_its_cell(links, names, tmp_path):
     assert build.joined(cell["source"]) == "plot()" and cell["metadata"] == {} and cell["execution_count"] is None
     shown = "".join(cell["outputs"][0]["data"]["text/html"])
     assert 'alt="A line: it &quot;falls&quot;."' in shown
-    assert (tmp_path/re.search(r'src="([^"]+)"', shown)[1]).read_bytes() == base64.b64decode(PNG)
+    written = Image.open(tmp_path/re.search(r'src="([^"]+)"', shown)[1])
+    assert (np.asarray(written.convert("RGB")) == np.asarray(Image.open(io.BytesIO(base64.b64decode(PNG))).convert("RGB"))).all()
+
+def lighter(pixels):  # as build.lighter makes them again, and its share of the size
+    before = io.BytesIO()
+    Image.fromarray(pixels).save(before, "PNG")
+    after, suffix = build.lighter(before.getvalue())
+    assert suffix == "webp"
+    return np.asarray(Image.open(io.BytesIO(after))), len(after)/len(before.getvalue())
+
+def test_a_figure_becomes_lighter_and_keeps_its_256_colours():
+    pixels = np.random.default_rng(0).integers(0, 256, (256, 3), dtype=np.uint8)[np.arange(64*64).reshape(64, 64)//16]
+    made, share = lighter(pixels)
+    assert (made == pixels).all() and share < 1
+
+def test_a_figure_of_pictures_keeps_their_colours_nearly():
+    y, x = np.mgrid[:160, :160]
+    pixels = np.stack([x*255//159, y*255//159, (x + y)*255//318], -1).astype(np.uint8)
+    made, share = lighter(pixels)
+    few = np.asarray(Image.fromarray(pixels).quantize(256).convert("RGB"), int)
+    assert np.abs(made.astype(int) - pixels).mean() < .5*np.abs(few - pixels).mean() and share < .7
 
 def test_of_a_widget_the_picture_stays(links):
     cell = code("x", image(**{"application/vnd.jupyter.widget-view+json": {"model_id": "1"}}))
@@ -76,6 +98,7 @@ PLOT = "figure, axes = plt.subplots()\naxes.plot(x)\naxes.set_title('x')\nfigure
 @pytest.mark.parametrize("cell, why", [
     (code("#| export\nimport math\n\nfrom torch import nn"), "imports"),
     (code("%matplotlib inline\nimport torch\ntorch.manual_seed(0)"), "examples"),
+    (code("import torch\n_ = torch.manual_seed(0)"), "examples"),
     (code("import torch\nx = torch.ones(1)"), None),
     (code("#| export\ndef plot_gain(\n    x,  # values\n):\n    return draw(x)"), "plotting"),
     (code("#| export\ndef gain(x): return 2*x"), None),
@@ -183,10 +206,17 @@ def test_a_remote_font_in_a_style_sheet_is_found(tmp_path):
     (tmp_path/"x.css").write_text("@font-face { src: url('https://fonts.example/a.woff2') }")
     assert check(tmp_path) == ["x.css: loads https://fonts.example/a.woff2 from another host"]
 
+def test_a_page_is_weighed_with_all_that_it_loads(tmp_path):
+    (tmp_path/"x.css").write_text("@font-face { src: url('a.woff2') }")
+    for name, size in (("a.woff2", 400_000), ("x.js", 500_000), ("x.webp", 600_000)): (tmp_path/name).write_bytes(bytes(size))
+    style, script, image = '<link rel="stylesheet" href="x.css">', '<script src="x.js"></script>', '<img src="x.webp" alt="x" loading="lazy">'
+    found = site(tmp_path, a=style + script + image*2, b=script + image, c=style + image)
+    assert found == ["a.html: weighs 1.50 MB with what it loads, more than 1.5"]
+
 def test_a_notebook_page_loses_foreign_styles_and_repeated_code():
-    made = build.themed('<style>@import "https://a.b";</style><script src="https://a.b/mathjax.js"></script><div class=" highlight-ipynb hl-python "><pre><span></span>x</pre></div>\n<div class="clipboard-copy-txt" id="cell-1">x</div>'
+    made = build.themed('<style>@import "https://a.b";</style><script src="https://a.b/mathjax.js"></script><div class=" highlight-ipynb hl-python "><pre><span></span><span class="n">x</span><span class="w"> </span><span class="o">=</span></pre></div>\n<div class="clipboard-copy-txt" id="cell-1">x</div>'
                         '<h2 id="a">A<a class="anchor-link" href="#a">¶</a></h2><h2 id="a">A<a class="anchor-link" href="#a">¶</a></h2>')
-    assert "https" not in made and "clipboard" not in made and '<div class="highlight"><pre><code><span></span>x</code></pre></div>' in made
+    assert "https" not in made and "clipboard" not in made and '<div class="highlight"><pre><code><span></span>x <span class="o">=</span></code></pre></div>' in made
     assert [(t["id"], t["name"]) for t in build.contents(made)] == [("a", "A"), ("a-1", "A")]
 
 # --- navigation ---------------------------------------------------------------

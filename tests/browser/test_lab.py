@@ -56,7 +56,7 @@ widgets.VBox([grid, Wrong()])"""
 
 def test_head_inspector(notebook, screen):
     page = notebook("12_inspector")
-    inspector = page.locator(".laid-view").first
+    inspector = page.locator(".laid-view").last  # the first, at the head of the page, is another
     inspector.scroll_into_view_if_needed()
     student, cells = inspector.locator(".laid-legend b").nth(1), inspector.locator(".laid-cells").nth(1)
     assert student.inner_text() == "student, layer 2, head 1" and "Among 20 pictures" in inspector.locator(".laid-said").inner_text()  # what code has set, in a later cell

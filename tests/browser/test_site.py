@@ -63,12 +63,15 @@ def test_maths_is_drawn(look):
     assert page.locator(".katex").count() > 5 and page.locator(".katex-error").count() == 0 and "$" not in page.locator("article p").first.inner_text()
 
 
-def test_the_search_finds_the_needle(look):
+def test_the_search_finds_the_needle_and_its_index_comes_only_then(look):
     page = look("index.html")
+    page.wait_for_load_state("networkidle")
+    def asked(): return page.evaluate("performance.getEntriesByType('resource').some(r => r.name.endsWith('search_index.json'))")
+    assert not asked()
     page.keyboard.press("/")
     page.keyboard.type("needle")
     page.locator(".md-search-result__item").first.wait_for()
-    assert "needle" in page.locator(".md-search-result__item").first.inner_text().lower()
+    assert asked() and "needle" in page.locator(".md-search-result__item").first.inner_text().lower()
     page.locator(".md-search-result__item a").first.click()
     page.wait_for_url(lambda url: "index.html" not in url)
     assert "needle" in page.locator("article").inner_text().lower()
