@@ -18,7 +18,8 @@ PAPER_TABLE = {  # accuracy in % at 1, 5, 10, 20, 50, 100 and 150 images (paper,
     "3B LAid": (96.83, 83.34, 74.29, 63.27, 58.20, 53.91, 50.23)}
 COLOURS = {"teacher": "black", "student": "0.55", "SFT (LoRA)": "C9", "SFT": "C0", "KD": "C1", "LAid": "C2",
            "LAid+": "C3", "YaRN": "C4", "SelfExtend": "C5", "log n scaling": "C6",
-           "attention sorting": "C8"}  # the same in every figure
+           "attention sorting": "C8",
+           "small position steps": "C7", "numbered images": "0.7"}  # the same in every figure
 
 
 def groups(haystacks) -> dict[int, np.ndarray]:

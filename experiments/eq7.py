@@ -34,8 +34,7 @@ WHO, WITHOUT, PLAIN = ("near", "small"), "KD + gain", "LAid + gain"
 TRIED = {  # row -> what differs from `PLAIN`
     "last layer, weight 0.3": {},
     "needle layers": dict(layers="needle"),
-    "all, by depth": dict(layers="depth"),
-    "all, best layer": dict(layers="best"),
+    "all, by depth": dict(layers="depth"),  # layers="best" pairs them in the same way here
     "weight 0.1": dict(lambda_laid=.1),
     "weight 1": dict(lambda_laid=1.0),
     "weight 10": dict(lambda_laid=10.0),
@@ -80,7 +79,7 @@ def compared(who: str, rows: dict[str, list[Run]], how: dict) -> dict:
     models = {"teacher": [answers("teacher", **how)], "student": [answers(who, **how)]}
     models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
     results = results_of(models, groups(tests(**how)))
-    long = [s for s in results.sizes if s >= 20]
+    long = [s for s in results.sizes if s >= 50] or results.sizes.tolist()
     return dict(summary=summary(results), difference=results.difference("Eq. 7", WITHOUT, long),
                 trainings={name: len(some) for name, some in rows.items()})
 

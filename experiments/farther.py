@@ -62,7 +62,7 @@ def main(quick: bool = False, done: bool = False):
     rows = tried(steps, haystacks)
     if done:
         rows = {name: run for name, run in rows.items() if run.folder.exists()}
-        if len(rows) < 2: raise nothing_made()
+        if len(rows) < 2 or WITHOUT not in rows: raise nothing_made()
     else:
         do_all(list(rows.values()), **choose)
     found = {name: shares(answers(run, **choose)) for name, run in rows.items()}

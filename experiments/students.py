@@ -25,6 +25,7 @@ from common import (
     finished,
     going_on,
     load,
+    nothing_made,
     spent,
     tests,
     write,
@@ -47,8 +48,8 @@ GAINED = {  # row -> (settings beyond those that all share, what differs in the 
     "self-anchored, no label": (dict(method="kd", thin=THIN, recompose=1.0, alpha=1.0),
                                 dict(labels=False, anchor="student")),
     "LAid + gain + spectra": (dict(method="laid", recompose=.5, lambda_fourier=.3), {})}
+FEWER = {"LAid + gain + spectra": 2} | dict.fromkeys(PLAIN, 1)  # trainings of rows that stand beside the others
 
-FEWER = {"LAid+": 2, "LAid + gain + spectra": 2} | dict.fromkeys(PLAIN, 1)  # of these that many
 
 def runs(student: str, seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
     """Row -> a training for each seed, with window simulation: with the gain at the rates that were chosen for LAid+,
@@ -93,6 +94,7 @@ def main(quick: bool = False, done: bool = False):
     blocks = {student: runs(student, seeds, steps, haystacks) for student in STUDENTS}
     if done:
         blocks = {student: finished(rows) for student, rows in blocks.items()}
+        if not all(blocks.values()): raise nothing_made()
     trainings = sorted((r for rows in blocks.values() for some in rows.values() for r in some), key=turn)
     if not done:
         do_all(trainings, **how)

@@ -19,6 +19,7 @@ from common import (
     do_all,
     finished,
     going_on,
+    nothing_made,
     spent,
     tests,
     write,
@@ -51,13 +52,14 @@ def main(quick: bool = False, done: bool = False):
     rows = rows_of(SEEDS[:1] if quick else SEEDS, *((3, 24) if quick else (STEPS, HAYSTACKS)))
     if done:
         rows = finished(rows)
+        if not rows: raise nothing_made()
     else:
         do_all([run for some in rows.values() for run in some], **one)
     exams = {"one needle": one, "several needles": several}
     models = {name: asked(rows, how) for name, how in exams.items()}
     places = {name: groups(tests(**how)) for name, how in exams.items()}
     write("tasks_quick" if quick else "tasks", dict(
-        training_seconds=spent([run for some in rows.values() for run in some]), seeds=SEEDS, exams=exams,
+        training_seconds=spent([run for some in rows.values() for run in some]), exams=exams,
         trainings={name: len(some) for name, some in rows.items()},
         summary={name: summary(results_of(found, places[name])) for name, found in models.items()}, models=models,
         haystacks={name: {s: g.tolist() for s, g in found.items()} for name, found in places.items()}), start)

@@ -20,6 +20,7 @@ from common import (
     finished,
     going_on,
     load,
+    nothing_made,
     spent,
     tests,
     write,
@@ -49,6 +50,7 @@ def main(quick: bool = False, done: bool = False):
     rows = rows_of(seeds, steps, haystacks)
     if done:
         rows = finished(rows)
+        if not rows: raise nothing_made()
     trainings = sorted((run for some in rows.values() for run in some), key=lambda run: run.seed)
     if not done:
         do_all(trainings, **how)

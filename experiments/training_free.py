@@ -1,6 +1,6 @@
 """Settings of the training-free baselines, chosen for the embedded student on the split `val`:
-data/results/training_free.json; and, with --students only, a smaller grid for the others and what came later for it:
-data/results/training_free_students.json
+data/results/training_free.json; and a smaller grid for the others: data/results/training_free_students.json, with
+--students that one alone
 
     python experiments/training_free.py [--students] [--quick]
 
@@ -113,6 +113,7 @@ def chosen_for(who: str) -> dict:
 def numbered(processor):
     "The processor with a chat template that numbers the images, `Image 1: …`, as `add_vision_id` does elsewhere."
     made, picture = copy.deepcopy(processor), "<|vision_start|><|image_pad|>"
+    if picture not in processor.chat_template: raise ValueError(f"the chat template has no {picture} to be numbered")
     count = "{% set images.count = images.count + 1 %}Image {{ images.count }}: "
     made.chat_template = ("{% set images = namespace(count=0) %}"
                           + processor.chat_template.replace(picture, count + picture, 1))
@@ -148,11 +149,12 @@ def search_students(quick: bool):
 
 
 @going_on()
-def main(quick: bool = False, students: bool = False):
+def main(quick: bool = False, students: bool = False, done: bool = False):
+    if done: return  # both files are there, or this has not been run
     if not students:
         search_embedded(quick)
     search_students(quick)
 
 
 if __name__ == "__main__":
-    main("--quick" in sys.argv, "--students" in sys.argv)
+    main("--quick" in sys.argv, "--students" in sys.argv, "--done" in sys.argv)

@@ -163,6 +163,10 @@ def test_teachers_are_the_models_that_runs_name():
     assert common.anchor_of(replace(run, anchor="small")) is common.frozen("small")
 
 
+def test_every_way_of_asking_has_a_colour():
+    assert {*training_free.NAMES.values(), "numbered images"} <= analysis.COLOURS.keys()
+
+
 def test_numbered_images_stand_in_the_prompt_and_are_questions_like_others(processor):
     haystack, made = picture_haystack(3, 3, 2, "val"), training_free.numbered(processor)
     text = question_text(made, haystack, 0)
