@@ -44,13 +44,16 @@ def score(run: Run, how: dict) -> float:
 
 
 def compared(rows: dict[str, list[Run]], how: dict) -> dict:
-    "The answers of the best and of KD + gain, what share of the gap they close, and their paired difference."
+    """The answers of the best and of KD + gain, what share of the gap they close, and their paired difference over the
+    trainings that both have."""
     models = {name: [answers(name, **how)] for name in ("teacher", "student")}
     models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
     results = results_of(models, groups(tests(**how)))
     long = [size for size in results.sizes.tolist() if size >= 50] or results.sizes.tolist()
     closed = {name: {size: list(results.closed(name, size)) for size in long} for name in rows}
-    return dict(summary=summary(results), closed=closed, difference=results.difference(BEST, WITHOUT, long),
+    both = min(map(len, rows.values()))
+    paired = results_of({name: found[:both] for name, found in models.items()}, groups(tests(**how)))
+    return dict(summary=summary(results), closed=closed, difference=paired.difference(BEST, WITHOUT, long),
                 at_one=results.difference(BEST, "student", results.sizes.tolist()[:1]), models=models)
 
 
