@@ -19,7 +19,7 @@ ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-backg
 PAGES = {"home": "index.html", "notebook": "00_rope.html#a-rotation-of-pairs",
          "experiment": "experiments/why.html#count-by-distance", "api": "api/rope.html", "cli": "cli.html",
          "glossary": "glossary.html", "play": "play.html", "inspector": "12_inspector.html#what-is-built-here",
-         "viewer": "12c_viewer.html#under-your-fingers",
+         "viewer": "12c_viewer.html#the-viewer",
          "playground": "play.html#rope-under-sliders"}
 SHOWN = {"home": ("light", 1440), "notebook": ("light", 1440), "experiment": ("dark", 1440), "api": ("light", 1440),
          "cli": ("dark", 390), "play": ("dark", 1440), "inspector": ("light", 1440), "viewer": ("light", 1440),
