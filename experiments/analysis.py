@@ -40,6 +40,19 @@ def results_of(
     return Results({name: from_bits(trainings, haystacks) for name, trainings in models.items()}, base, anchor)
 
 
+def paired(
+    models: dict,  # name -> answers of each training, those of equal seeds in equal places
+    haystacks: dict,  # size -> [questions] the haystack of each question, from `groups`
+    name: str,
+    base: str,
+    sizes,  # mean over these
+):  # -> (difference, lower end, upper end) of accuracy, as from `Results.difference`
+    "How much more one row gets right than another, over the trainings that both have."
+    both = min(len(models[name]), len(models[base]))
+    kept = {row: models[row][:both] for row in (name, base)}
+    return results_of(kept, haystacks, base, name).difference(name, base, sizes)
+
+
 def relative(results: Results, name: str) -> dict[str, float]:
     "Mean relative gain over the base, short and long (paper, Table 1)."
     by_size = [dict(zip(results.sizes.tolist(), results.accuracy[n].tolist())) for n in (results.base, name)]

@@ -325,6 +325,16 @@ def answers(
     return {int(size): text for size, text in read_json(path).items()}
 
 
+def answers_of(
+    names,  # models as they are
+    rows: dict[str, list[Run]],  # name -> trainings
+    **how,  # of `answers`
+) -> dict[str, list[dict[int, str]]]:
+    "Name -> answers of each training, the models as they are first."
+    models = {name: [answers(name, **how)] for name in names}
+    return models | {name: [answers(run, **how) for run in some] for name, some in rows.items()}
+
+
 def shares(found: dict[int, str]) -> dict[int, float]:
     "Accuracy by size."
     return {size: text.count("1")/len(text) for size, text in found.items()}

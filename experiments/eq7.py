@@ -18,6 +18,7 @@ from common import (
     SIZES,
     Run,
     answers,
+    answers_of,
     do_all,
     finished,
     going_on,
@@ -53,9 +54,9 @@ def tried(who: str, steps: int, haystacks: int) -> dict[str, Run]:
     return {WITHOUT: made[WITHOUT][0]} | rows
 
 
-def score(run: Run, how: dict) -> float:
-    "Mean accuracy at 20 images and more."
-    found = [a for size, a in shares(answers(run, **how)).items() if size >= 20 or len(how["sizes"]) < 3]
+def score(run: Run, how: dict, least: int = 20) -> float:
+    "Mean accuracy at that many images and more."
+    found = [a for size, a in shares(answers(run, **how)).items() if size >= least or len(how["sizes"]) < 3]
     return sum(found)/len(found)
 
 
@@ -77,7 +78,7 @@ def later(who: str, best: Run, seeds: tuple) -> dict[str, dict[str, list[Run]]]:
 def compared(who: str, rows: dict[str, list[Run]], how: dict) -> dict:
     "Summary of a student's rows on the test haystacks, and the paired difference that Eq. 7 makes."
     models = {"teacher": [answers("teacher", **how)], "student": [answers(who, **how)]}
-    models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
+    models |= answers_of((), rows, **how)
     results = results_of(models, groups(tests(**how)))
     long = [s for s in results.sizes if s >= 50] or results.sizes.tolist()
     return dict(summary=summary(results), difference=results.difference("Eq. 7", WITHOUT, long),

@@ -9,9 +9,23 @@ import sys
 import time
 from dataclasses import replace
 
-from analysis import groups, results_of, summary
-from common import QUESTIONS, SIZES, Run, answers, do_all, finished, going_on, nothing_made, shares, spent, tests, write
-from eq7 import WITHOUT
+from analysis import groups, paired, results_of, summary
+from common import (
+    QUESTIONS,
+    SIZES,
+    Run,
+    answers,
+    answers_of,
+    do_all,
+    finished,
+    going_on,
+    nothing_made,
+    shares,
+    spent,
+    tests,
+    write,
+)
+from eq7 import WITHOUT, score
 from reproduce import HAYSTACKS, STEPS
 from self_anchor import THIN
 from students import MANY, runs
@@ -37,23 +51,14 @@ def tried(steps: int, haystacks: int) -> dict[str, Run]:
     return {WITHOUT: plain} | {name: way(name, *how) for name, how in TRIED.items()}
 
 
-def score(run: Run, how: dict) -> float:
-    "Mean accuracy at 50 images and more."
-    found = [a for size, a in shares(answers(run, **how)).items() if size >= 50 or len(how["sizes"]) < 3]
-    return sum(found)/len(found)
-
-
 def compared(rows: dict[str, list[Run]], how: dict) -> dict:
     """The answers of the best and of KD + gain, what share of the gap they close, and their paired difference over the
     trainings that both have."""
-    models = {name: [answers(name, **how)] for name in ("teacher", "student")}
-    models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
-    results = results_of(models, groups(tests(**how)))
+    models, haystacks = answers_of(("teacher", "student"), rows, **how), groups(tests(**how))
+    results = results_of(models, haystacks)
     long = [size for size in results.sizes.tolist() if size >= 50] or results.sizes.tolist()
     closed = {name: {size: list(results.closed(name, size)) for size in long} for name in rows}
-    both = min(map(len, rows.values()))
-    paired = results_of({name: found[:both] for name, found in models.items()}, groups(tests(**how)))
-    return dict(summary=summary(results), closed=closed, difference=paired.difference(BEST, WITHOUT, long),
+    return dict(summary=summary(results), closed=closed, difference=paired(models, haystacks, BEST, WITHOUT, long),
                 at_one=results.difference(BEST, "student", results.sizes.tolist()[:1]), models=models)
 
 
@@ -69,7 +74,7 @@ def main(quick: bool = False, done: bool = False):
     else:
         do_all(list(rows.values()), **choose)
     found = {name: shares(answers(run, **choose)) for name, run in rows.items()}
-    best = max((name for name in rows if name != WITHOUT), key=lambda name: score(rows[name], choose))
+    best = max((name for name in rows if name != WITHOUT), key=lambda name: score(rows[name], choose, 50))
     proof = {WITHOUT: runs("student", seeds, steps, haystacks)[WITHOUT],
              BEST: [replace(rows[best], seed=seed) for seed in seeds]}
     if done:

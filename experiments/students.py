@@ -21,6 +21,7 @@ from common import (
     STUDENTS,
     Run,
     answers,
+    answers_of,
     do_all,
     finished,
     going_on,
@@ -76,8 +77,8 @@ def measured(student: str, rows: dict[str, list[Run]], how: dict) -> dict:
     chosen = {method: values for method, values in training_free.chosen_for(student).items() if method != "sort"}
     for label, ask in training_free.methods(chosen).items():
         models[label] = [asked_with(f"{label} {chosen}", student, ask, how)]
-    models["numbered images"] = [asked_with("numbered images", student, training_free.ask_numbered, how)]
-    return models | {name: [answers(run, **how) for run in some] for name, some in rows.items()}
+    models["numbered images"] = [answers(student, ask_with=("numbered images", training_free.ask_numbered), **how)]
+    return models | answers_of((), rows, **how)
 
 
 def ending(student: str, questions: int) -> dict:

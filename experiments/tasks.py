@@ -15,7 +15,7 @@ from common import (
     QUESTIONS,
     SIZES,
     STUDENTS,
-    answers,
+    answers_of,
     do_all,
     finished,
     going_on,
@@ -39,12 +39,6 @@ def rows_of(seeds: tuple, steps: int, haystacks: int) -> dict[str, list]:
     return {name: made[name] for name in TAUGHT} | both
 
 
-def asked(rows: dict, how: dict) -> dict:
-    "Row -> answers of each training, the models as they are first."
-    models = {name: [answers(name, **how)] for name in ("teacher", *STUDENTS)}
-    return models | {name: [answers(run, **how) for run in some] for name, some in rows.items()}
-
-
 @going_on()
 def main(quick: bool = False, done: bool = False):
     start, one = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
@@ -56,7 +50,7 @@ def main(quick: bool = False, done: bool = False):
     else:
         do_all([run for some in rows.values() for run in some], **one)
     exams = {"one needle": one, "several needles": several}
-    models = {name: asked(rows, how) for name, how in exams.items()}
+    models = {name: answers_of(("teacher", *STUDENTS), rows, **how) for name, how in exams.items()}
     places = {name: groups(tests(**how)) for name, how in exams.items()}
     write("tasks_quick" if quick else "tasks", dict(
         training_seconds=spent([run for some in rows.values() for run in some]), exams=exams,

@@ -14,8 +14,9 @@ from common import (
     QUESTIONS,
     SEEDS,
     SIZES,
+    STUDENTS,
     Run,
-    answers,
+    answers_of,
     do_all,
     finished,
     going_on,
@@ -54,8 +55,7 @@ def main(quick: bool = False, done: bool = False):
     trainings = sorted((run for some in rows.values() for run in some), key=lambda run: run.seed)
     if not done:
         do_all(trainings, **how)
-    models = {name: [answers(name, **how)] for name in ("teacher", "student", "near", "small")}
-    models |= {name: [answers(run, **how) for run in some] for name, some in rows.items()}
+    models = answers_of(("teacher", *STUDENTS), rows, **how)
     write("teachers_quick" if quick else "teachers", dict(
         training_seconds=spent(trainings), steps=steps, haystacks=haystacks, seeds=seeds,
         parameters={name: parameters(name) for name in ANCHORS},

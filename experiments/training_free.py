@@ -120,8 +120,8 @@ def numbered(processor):
     return made
 
 
-def ask_numbered(model, processor, haystacks, path=None, features=None):
-    "`evaluate` with numbered images; what was seen before has other tokens, and is not used."
+def ask_numbered(model, processor, haystacks, path=None):
+    "`evaluate` with numbered images, each picture seen once."
     processor = numbered(processor)
     seen = precompute_prompts(model, processor, haystacks, progress=False)
     return evaluate(model, processor, haystacks, path, batch=12, progress=False, features=seen)
