@@ -45,6 +45,13 @@ def peak_bytes(
 ) -> int:  # bytes over what was there before
     "Peak memory of one call, after a first one that is not counted."
     call()
+    return peak_now(call)
+
+
+def peak_now(
+    call,  # function without arguments
+) -> int:  # bytes over what was there before
+    "Peak memory of one call."
     gc.collect()
     return _peak_on_gpu(call) if torch.cuda.is_available() else _peak_resident(call)
 

@@ -713,13 +713,18 @@ def inspect(
 def anchors(
     out: str = "anchors",  # gets a folder of its name for each
     folder: str = "anchors-work",  # drawings and checkpoints; a run that was stopped goes on there
-    models: list[str] | None = None,  # teacher, student, near, small (default all)
+    models: list[str] | None = None,  # teacher, student, near, medium, small, foreign (default all)
     towers: str | None = None,  # a folder with teacher/ and student/ whose vision towers are taken, not trained
+    varied: bool = False,  # teach these towers, or those that ship, other drawings and backgrounds instead
 ):
     "Train the embedded models again, from pixels."
+    if varied and models: raise ValueError("--varied teaches vision towers alone: leave out --models")
     device = prepare_process()
-    from laid_nb.anchors import make_anchors
-    make_anchors(Path(folder), Path(out), models, towers, device)
+    from laid_nb.anchors import make_anchors, make_varied
+    if varied:
+        make_varied(Path(folder), Path(out), towers, device)
+    else:
+        make_anchors(Path(folder), Path(out), models, towers, device)
     print(f"written: {out}")
 
 # %% ../nbs/13_cli.ipynb #lmms

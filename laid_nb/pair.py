@@ -210,8 +210,8 @@ def check_same_reading(
     (ours)."""
     found = read_pair(student_processor, teacher_processor)
     if found.kind != "same":
-        raise ValueError(f"student and teacher do not read the same: {found.said}. Both are given what the student's "
-                         "processor makes: save the same processor beside both")
+        raise ValueError(f"student and teacher do not read the same: {found.said}. Here both read what one "
+                         "processor makes: save the same beside both")
 
 # %% ../nbs/07e_pair.ipynb #compared
 @patch

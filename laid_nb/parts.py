@@ -128,9 +128,11 @@ def sees_attention(self: MixingPart) -> bool:
 
 @patch(as_prop=True)
 def learns(self: MixingPart) -> bool:
-    "Whether a term that compares heads has a weight, and there is more than one head to mix."
+    """Whether a term that compares heads has a weight, and the mixing can change: of a single teacher head nothing but
+    its size and its phase can, where these are left open."""
     seen = any(weight and TERMS[name].sees in ("heads", "attention") for name, weight in self.args.weights.items())
-    return seen and any(p.numel() > 1 for p in self.parameters())
+    is_open = self.args.constraint == "free" or self.args.form == "complex"
+    return seen and (is_open or any(p.shape[1] > 1 for p in self.parameters()))
 
 @patch
 def check(self: MixingPart, batch: dict | None = None, **tokens) -> None:

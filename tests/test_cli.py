@@ -129,6 +129,15 @@ def test_anchors_is_called_with_both_folders(monkeypatch, work):
     assert called == [("drafts", "pair", ["near"], "made")]
 
 
+def test_anchors_teaches_towers_alone(monkeypatch, work, capsys):
+    from laid_nb import anchors
+    called = []
+    monkeypatch.setattr(anchors, "make_varied", lambda folder, out, towers, device: called.append((str(folder), str(out), towers)))
+    ok(["anchors", "--varied", "--out", "pair", "--folder", "drafts"])
+    assert called == [("drafts", "pair", None)]
+    assert cli.main(["anchors", "--varied", "--models", "near"]) == 2 and "leave out --models" in capsys.readouterr().err
+
+
 # --- parts ---------------------------------------------------------------------
 
 def test_yaml_is_read_as_flags_and_flags_win(work):

@@ -1,4 +1,5 @@
 "Haystacks: scenes, questions, the proof that the needle is needed, the dataset, sets and fingerprints."
+import hashlib
 import itertools
 import os
 import subprocess
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from laid_nb.haystack import (
+    ART,
+    BACKGROUNDS,
     KINDS,
     OBJECTS,
     SPLITS,
@@ -27,6 +30,7 @@ from laid_nb.haystack import (
     row_haystack,
     single_contents,
 )
+from laid_nb.store import data_path
 from refusals import refused
 
 LETTERS = ("A", "B", "C", "D")
@@ -95,6 +99,79 @@ def test_bad_picks(arguments, error, part):
     (("dog", "unicorn"), "train", "'unicorn'"), (("dog",), "dev", "'dev'")])
 def test_bad_scenes(objects, split, part):
     with refused(ValueError, part): Scene(objects, 0, split)
+
+
+# other drawings and backgrounds
+
+USUAL = {  # what is written of a scene -> hash of its pixels, from before there were other drawings
+    "Scene(objects=('dog',), seed=1, split='train')": "fa05c92dad489734",
+    "Scene(objects=('cup', 'tie'), seed=7, split='val')": "8795b7d89dd02fc6",
+    "Scene(objects=('person', 'hot dog', 'kite'), seed=2147483647, split='test')": "e7d3a9f7eb33a5d3"}
+
+
+@pytest.mark.parametrize("written", USUAL)
+def test_scenes_are_those_from_before_there_were_other_drawings(written):
+    "Every record, cache and figure of the project is of these pixels."
+    scene = eval(written)
+    assert repr(scene) == written and scene == Scene(scene.objects, scene.seed, scene.split, "fluent", "gradient")
+    assert hashlib.sha256(render(scene).tobytes()).hexdigest()[:16] == USUAL[written]
+
+
+def test_usual_haystacks_are_those_from_before_there_were_other_drawings():
+    usual = picture_haystack(3, 4, 2, "val")
+    assert usual.id == "val-single-4-3" and haystack_fingerprint(usual) == "53c6b9fbdb384645"
+    assert haystack_dataset([usual])[0]["images"][0] == {
+        "objects": ["airplane", "laptop"], "seed": 1526311112, "split": "val", "path": ""}
+    assert usual == picture_haystack(3, 4, 2, "val", art="fluent", background="gradient")
+
+
+def test_a_look_changes_nothing_but_the_pixels():
+    "Objects keep their places: what covers the background is the same on every other."
+    usual = picture_haystack(0, 5, 4, "test")
+    stacks = [picture_haystack(0, 5, 4, "test", art=a, background=b) for a in ART for b in BACKGROUNDS]
+    assert usual in stacks and len({h.id for h in stacks}) == len({haystack_fingerprint(h) for h in stacks}) == 25
+    assert all(h.questions == usual.questions for h in stacks)
+    assert all([(s.objects, s.seed) for s in h.images] == [(s.objects, s.seed) for s in usual.images] for h in stacks)
+    assert len({h.image(0).tobytes() for h in stacks}) == 25
+    for art in ART:
+        drawn = [np.asarray(render(Scene(("stop sign",), 3, "val", art, b)), dtype=int) for b in BACKGROUNDS]
+        same = np.all([np.abs(d - drawn[0]).max(-1) < 10 for d in drawn], 0)  # covered, but for what shines through
+        assert .05 < same.mean() < .3
+
+
+def test_backgrounds_are_what_they_are_called():
+    def picture(background): return np.asarray(render(Scene(("dog",), 5, "val", background=background)), dtype=int)
+    corner = {b: picture(b)[-14:] for b in BACKGROUNDS}  # below the dog
+    assert np.ptp(corner["plain"].reshape(-1, 3), axis=0).max() == 0
+    assert corner["dark"].max() <= 51 < corner["plain"].max()
+    def rough(x): return np.abs(np.diff(x, axis=1)).mean()
+    assert rough(corner["gradient"]) < min(rough(corner["texture"]), rough(corner["clutter"]))
+
+
+@pytest.mark.parametrize("art", ART)
+def test_every_set_has_every_object_and_its_licence(art):
+    folder = data_path("objects", *([art] if art != ART[0] else []))
+    drawn = {render(Scene((name,), 0, art=art)).tobytes() for name in OBJECTS}
+    assert len(drawn) == len(OBJECTS) and "icen" in (folder/"LICENSE").read_text()
+    assert len(list(folder.glob("*.png"))) == len(OBJECTS)
+
+
+@pytest.mark.parametrize("look, part", [(dict(art="cubist"), "'cubist'"), (dict(background="sky"), "'sky'")])
+def test_unknown_looks(look, part):
+    for make in (lambda: Scene(("dog",), 0, **look), lambda: picture_haystack(0, 3, **look)):
+        with refused(ValueError, part, "one of"): make()
+    with refused(ValueError, "pick 0", part): haystack_dataset([dict(seed=0, n_images=3) | look])
+
+
+def test_looks_are_kept_by_tables():
+    varied, usual = picture_haystack(0, 3, art="noto", background="dark"), picture_haystack(1, 2)
+    only_art = picture_haystack(2, 2, art="flat")
+    files = Haystack((Path("a.jpg"),), usual.questions[:1], "file")
+    stacks = [usual, varied, only_art, files]
+    assert [row_haystack(r) for r in haystack_dataset(stacks)] == stacks
+    picks = [dict(seed=0, n_images=3), dict(seed=0, n_images=3, art="twemoji")]
+    assert [row_haystack(r) for r in haystack_dataset(picks)] == [picture_haystack(**p) for p in picks]
+    assert drawn_test([2], 4, 1, "val", art="openmoji")[0] == picture_haystack(100_000, 2, 2, "val", art="openmoji")
 
 
 def test_unreadable_images(tmp_path):
