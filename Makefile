@@ -47,7 +47,7 @@ bench: $(VENV)/.dev  ## time and memory against naive versions and of a whole st
 	@$(BIN)/python benchmarks/tables.py
 
 reproduce: $(VENV)/.dev  ## make every result of nbs/experiments again (hours; goes on where it was stopped)
-	@for script in training_free reproduce length labels self_anchor students farther eq7 teachers tasks ablation why heads leakage retrieval; do echo "== $$script"; $(BIN)/python experiments/$$script.py $(ARGS) || exit 1; done
+	@for script in training_free reproduce length labels self_anchor students farther eq7 teachers tasks budget ablation why heads leakage retrieval art; do echo "== $$script"; $(BIN)/python experiments/$$script.py $(ARGS) || exit 1; done
 
 docs: export HF_HUB_OFFLINE := 1
 docs: $(VENV)/.dev  ## build the documentation site into site/, and check it

@@ -8,7 +8,7 @@ import sys
 import time
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, RESULTS, Run, answers, do_all, finished, going_on, spent, tests, write
+from common import QUESTIONS, RESULTS, Run, answers_of, going_on, made_blocks, spent, tests, write
 from laid_nb.store import read_json
 from reproduce import HAYSTACKS, METHODS, RECOMPOSED, SIMULATED, STEPS, settings
 
@@ -104,16 +104,13 @@ def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     chosen = dict.fromkeys(METHODS, 2e-3) if quick else read_json(RESULTS/"reproduce.json")["search"]["chosen"]
     tables = runs(chosen, *((2, 24) if quick else (STEPS, HAYSTACKS)), (0,))
-    if done:
-        tables = {table: there for table, rows in tables.items() if len(there := finished(rows)) > 1}
-    trainings = [r for rows in tables.values() for rs in rows.values() for r in rs]
-    do_all(trainings, **how)
-    pair = {name: [answers(name, **how)] for name in ("teacher", "student")}
-    said = {table: {row: [answers(r, **how) for r in rs] for row, rs in rows.items()} for table, rows in tables.items()}
+    tables = made_blocks(tables, done, **how)
+    pair = answers_of(("teacher", "student"), {}, **how)
+    said = {table: answers_of((), rows, **how) for table, rows in tables.items() if len(rows) > 1}
     haystacks, long = groups(tests(**how)), [s for s in how["sizes"] if s >= 20]
     found = {table: compared(pair | rows, haystacks, first_of(table, rows), long) for table, rows in said.items()}
     write("ablation_quick" if quick else "ablation", dict(
-        training_seconds=spent(trainings), seeds=[0], several=list(SEVERAL), difference_at=long, steps=STEPS,
+        training_seconds=spent(*tables.values()), seeds=[0], several=list(SEVERAL), difference_at=long, steps=STEPS,
         summary=found, answers=said), start)
 
 

@@ -18,8 +18,8 @@ PAPER_TABLE = {  # accuracy in % at 1, 5, 10, 20, 50, 100 and 150 images (paper,
     "3B LAid": (96.83, 83.34, 74.29, 63.27, 58.20, 53.91, 50.23)}
 COLOURS = {"teacher": "black", "student": "0.55", "SFT (LoRA)": "C9", "SFT": "C0", "KD": "C1", "LAid": "C2",
            "LAid+": "C3", "YaRN": "C4", "SelfExtend": "C5", "log n scaling": "C6",
-           "attention sorting": "C8",
-           "small position steps": "C7", "numbered images": "0.7"}  # the same in every figure
+           "attention sorting": "C8", "small position steps": "C7", "numbered images": "0.7",
+           "self-anchored": "deeppink"}  # the same in every figure
 
 
 def groups(haystacks) -> dict[int, np.ndarray]:
@@ -35,9 +35,11 @@ def results_of(
     haystacks: dict,  # size -> [questions] the haystack of each question, from `groups`
     base: str = "student",
     anchor: str = "teacher",
+    chance: float = .5,  # accuracy of guessing
 ) -> Results:
     "Every statistic of answers that are kept as texts of 1 and 0."
-    return Results({name: from_bits(trainings, haystacks) for name, trainings in models.items()}, base, anchor)
+    found = {name: from_bits(trainings, haystacks, chance) for name, trainings in models.items()}
+    return Results(found, base, anchor)
 
 
 def paired(
@@ -98,6 +100,38 @@ def _split(shown):
     "A printed estimate and what stands behind it."
     text = str(shown)
     return ("", text) if text == UNMEASURED else tuple(text.split(" ", 1))
+
+
+def tried_markdown(
+    tried: dict[str, dict[str, float]],  # row -> size -> accuracy, as JSON keeps it; what the others are beside first
+    title: str,  # of the rows
+) -> str:
+    "What was tried on validation haystacks, in %, and the mean of 50 images and more."
+    base, sizes = next(iter(tried)), list(next(iter(tried.values())))
+    lines = [f"| {title} | {' | '.join(sizes)} | mean of 50 and more |", "|:--" + "|--:"*(len(sizes) + 1) + "|"]
+    for name, row in tried.items():
+        mean = np.mean([row[s] for s in sizes if int(s) >= 50])
+        cells = " | ".join(f"{100*row[s]:.0f}" for s in sizes)
+        lines.append(f"| {'nothing more' if name == base else name} | {cells} | {100*mean:.1f} |")
+    return "\n".join(lines)
+
+
+def proved_markdown(
+    found: dict,  # of one row of farther.json
+    title: str,  # of the rows
+) -> str:
+    "The two best on the test haystacks: share of the gap they close by size, and points, with intervals."
+    base, sizes = next(iter(found["closed"])), list(next(iter(found["closed"].values())))
+    def printed(ends, form): return f"{form} [{form}, {form}]".format(*(100*x for x in ends))
+    columns = [title, *(f"% of the gap at {size}" for size in sizes), "points at 50 and more", "points at 1 image",
+               "trainings"]
+    lines = ["| " + " | ".join(columns) + " |", "|:--" + "|--:"*(len(columns) - 1) + "|"]
+    for name, closed in found["closed"].items():
+        more = printed(found["difference"][name], "{:+.1f}") if name != base else ""
+        cells = [*(printed(ends, "{:.0f}") for ends in closed.values()), more,
+                 printed(found["at_one"][name], "{:+.1f}"), str(found["trainings"][name])]
+        lines.append(f"| {'nothing more' if name == base else name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def short(name: str) -> str:

@@ -24,16 +24,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import drawn_tasks
+from laid_nb.anchors import make_anchors
 from laid_nb.evaluate import evaluate
 from laid_nb.haystack import Haystack, drawn_test, drawn_training
 from laid_nb.inputs import HaystackCollator, precompute, precompute_prompts
 from laid_nb.parts import StreamPart
 from laid_nb.recompose import unlabelled
 from laid_nb.script import one_line
+from laid_nb.simulate import asked_rows
 from laid_nb.stop import stop_requests, worker_pool
 from laid_nb.store import (
     atomic_write,
     cores,
+    data_path,
     hardware,
     load_model,
     model_fingerprint,
@@ -53,7 +57,9 @@ SIZES = (1, 5, 10, 20, 50, 100, 150, 300)  # images of a test haystack
 QUESTIONS = 408  # at each size: 34 haystacks of 12
 SEEDS = (0, 1, 2)  # of trainings
 STUDENTS = ("student", "near", "small")  # with one vision tower
-USUAL = (("anchor", "teacher"), ("student", "student"), ("start", None))  # of a Run: what its id leaves out
+MADE = ("medium", "foreign")  # anchors with that tower that do not ship: `anchor_folder` makes them
+USUAL = (("anchor", "teacher"), ("student", "student"), ("start", None),
+         ("where", "all"))  # of a Run: what its id leaves out
 SIMULATION = dict(max_gap=600, max_multiplicity=16.0, ramp=.3)  # window simulation
 
 
@@ -106,10 +112,12 @@ class Run:
     steps: int = 520  # of 8 haystacks: 10 epochs, as in the paper
     flipped: float = 0.0  # share of the answers that is wrong
     labels: bool = True  # False: nobody has answered the questions; the teacher's answers are all there is
-    kind: str = "single"  # "single" or "multi" needle, or "both", by turns
-    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen; or another one of STUDENTS
-    student: str = "student"  # who learns: one of STUDENTS
+    kind: str = "single"  # "single" or "multi" needle, "both", by turns, or "mixed": all of drawn_tasks.TASKS
+    anchor: str = "teacher"  # who teaches; "student": the student as it is, frozen; "average": see `RunningAverage`; or
+    # one of STUDENTS or MADE
+    student: str = "student"  # who learns: one of STUDENTS, or "teacher"
     start: "Run | None" = None  # the training that this one goes on from; None: the student as it is
+    where: str = "all"  # the tokens that Eq. 7 compares; "needle": see `AtNeedle`
 
     @property
     def id(self) -> str:
@@ -130,7 +138,7 @@ def flip_labels(
 ) -> list[Haystack]:
     "Labels as an annotator errs: a random share of them is the wrong way round."
     rng = random.Random(seed)
-    wrong = lambda q: replace(q, answer=q.answer != (rng.random() < share))
+    wrong = lambda q: replace(q, answer=not q.answer) if rng.random() < share else q
     return [replace(h, questions=tuple(map(wrong, h.questions))) for h in haystacks]
 
 
@@ -142,14 +150,27 @@ def pair() -> dict:
     return dict(teacher=teacher.to(device), student=student.to(device), processor=processor, device=device)
 
 
+def anchor_folder(
+    name: str,  # one of MADE
+) -> Path:
+    "Where an anchor is that does not ship; where it is not there yet it is made, as `laid anchors` makes it."
+    folder, work, towers = WORK/"made"/name, WORK/"anchors-work", data_path("anchors")
+    if not folder.exists():
+        log(f"{folder} is not there: making it, in about half an hour on one core, as does\n"
+            f"laid anchors --models {name} --towers {towers} --folder {work} --out {folder.parent}")
+        make_anchors(work, folder.parent, [name], towers, pair()["device"])
+    return folder
+
+
 @functools.lru_cache(len(STUDENTS))
 def frozen(name: str):
-    "A student as it is, on the device."
-    return pair()["student"] if name == "student" else load_model(name)[0].to(pair()["device"])
+    "A student or another anchor with its tower, as it is, on the device."
+    return pair()["student"] if name == "student" else load(name)[0].to(pair()["device"])
 
 
 def drawn(kind: str, sizes: range, number: int, seed: int) -> list[Haystack]:
-    "Training haystacks of one task, or of both by turns; one image has no room for several needles."
+    "Training haystacks of one task, or of several by turns; one image has no room for several needles."
+    if kind == "mixed": return drawn_tasks.mixed_training(sizes, number, seed)
     if kind != "both": return drawn_training(sizes, number, seed, kind)
     single = drawn_training(sizes, -(-number//2), seed)
     several = drawn_training([n for n in sizes if n > 1], number//2, seed, "multi")
@@ -157,24 +178,30 @@ def drawn(kind: str, sizes: range, number: int, seed: int) -> list[Haystack]:
 
 
 @functools.lru_cache(2)
-def pool(seed, number, images, kind, flipped, labels, tower) -> list[dict]:
+def pool(seed, number, images, kind, flipped, labels, learner, tower) -> list[dict]:
     "Training haystacks as tensors."
     haystacks = flip_labels(drawn(kind, range(images[0], images[1] + 1), number, seed), flipped, seed)
     if not labels:
         haystacks = unlabelled(haystacks)
     collate = HaystackCollator(pair()["processor"])
-    return precompute(haystacks, collate, pair()["student"], pair()[tower], progress=False)
+    return precompute(haystacks, collate, pair()[learner], pair()[tower], progress=False)
+
+
+def tower_of(name: str) -> str:
+    "Whose vision tower a model has: all students have one."
+    return "teacher" if name == "teacher" else "student"
 
 
 def pool_of(run: Run) -> list[dict]:
-    "The training haystacks of a run; all students have one vision tower."
-    tower = "teacher" if run.anchor == "teacher" else "student"
-    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, tower)
+    "The training haystacks of a run, as its two vision towers see them."
+    learner, tower = tower_of(run.student), tower_of(run.anchor)
+    return pool(run.seed, run.haystacks, run.images, run.kind, run.flipped, run.labels, learner, tower)
 
 
 def anchor_of(run: Run):
     "The model that teaches."
     if run.anchor == "teacher": return pair()["teacher"]
+    if run.anchor == "average": return load_model(run.student)[0].to(pair()["device"])  # its own, as it will change
     return frozen(run.student if run.anchor == "student" else run.anchor)
 
 
@@ -203,6 +230,32 @@ class ReadOnce(LaidTrainer):
         return path if path.exists() or layers else next(path.parent.glob(f"{key}-*"), path)
 
 
+class AtNeedle(ReadOnce):
+    """A trainer whose Eq. 7 compares the queries of questions and the keys of images alone that any question of the
+    haystack asks about: with twelve questions, most images of a short haystack."""
+    def evidence(self, model, inputs):
+        found, pairs, outputs = super().evidence(model, inputs)
+        groups = found.groups()
+        asked = asked_rows(found.turn, inputs["needles"], groups).any(1)  # [batch, images]
+        keys = (groups >= 0) & asked.gather(1, groups.clamp(min=0))
+        counts = (found.turn >= 0).float(), keys.float()
+        return found, {pair: replace(seen, counts=counts) for pair, seen in pairs.items()}, outputs
+
+
+class RunningAverage(LaidTrainer):
+    "A trainer whose teacher is a running average of its student as it would be saved, with the gain in its weights."
+    KEPT = .98  # of the teacher at each step
+
+    def training_step(self, *inputs, **how):
+        loss, now = super().training_step(*inputs, **how), self.model.state_dict()
+        for part in self.parts:
+            now = part.stock(now)
+        with torch.no_grad():
+            for name, weight in self.teacher.state_dict().items():
+                weight.lerp_(now[name], 1 - self.KEPT)
+        return loss
+
+
 def settings_of(run: Run) -> dict:
     "All that `quiet_training` is told: the steps, batches and rates of the table, and what the run changes."
     usual = dict(max_steps=run.steps, per_device_train_batch_size=8, gradient_accumulation_steps=1, learning_rate=2e-3,
@@ -217,7 +270,8 @@ def train(
     if run.folder.exists(): return run.folder
     student, _ = load_model(str(train(run.start)) if run.start else run.student, torch.float32)
     start, processor = time.time(), pair()["processor"]
-    trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=ReadOnce, **settings_of(run))
+    trainer = RunningAverage if run.anchor == "average" else AtNeedle if run.where == "needle" else ReadOnce
+    trained = quiet_training(student, processor, pool_of(run), anchor_of(run), trainer=trainer, **settings_of(run))
     if run.folder.exists(): return run.folder  # another experiment was faster
     with atomic_write(run.folder) as part:
         save_model(student, processor, part)
@@ -226,34 +280,58 @@ def train(
     return run.folder
 
 
-def finished(rows: dict[str, list[Run]]) -> dict[str, list[Run]]:
-    """The trainings that are there; rows without any are left out. For `--done`, which writes what has been made so far
-    and trains nothing."""
-    there = {name: [r for r in runs if r.folder.exists()] for name, runs in rows.items()}
-    return {name: runs for name, runs in there.items() if runs}
-
-
 def nothing_made() -> SystemExit:
     "What ends a script with `--done` where there is nothing to write."
-    return SystemExit(f"nothing has been made in {WORK} yet: leave out --done")
+    return SystemExit(f"nothing to write has been made in {WORK} yet: leave out --done")
 
 
-def finished_points(points: dict) -> dict:
-    "The same of point -> name -> one training."
-    there = {point: {name: r for name, r in runs.items() if r.folder.exists()} for point, runs in points.items()}
-    return {point: runs for point, runs in there.items() if runs}
+def made(
+    rows: dict,  # key -> trainings
+    done: bool,  # `--done`: train nothing, keep what is there; rows without any are left out
+    order=None,  # key of a Run, by which they are trained; None: as they stand
+    needs: tuple = (),  # keys without which there is nothing to write
+    **how,  # of `do_all`
+) -> dict[str, list[Run]]:
+    "Rows with the trainings that are there, which without `--done` are all."
+    if not done:
+        do_all(sorted((run for some in rows.values() for run in some), key=order or (lambda run: 0)), **how)
+        return rows
+    there = {name: [run for run in some if run.folder.exists()] for name, some in rows.items()}
+    there = {name: some for name, some in there.items() if some}
+    if not there or not set(needs) <= set(there):
+        raise nothing_made()
+    return there
 
 
-def spent(runs: list[Run]) -> int:
-    "Seconds that the trainings took, each on its own thread, whenever they were made."
-    return sum(read_json(r.folder/"run.json")["seconds"] for r in {r.id: r for r in runs}.values())
+def made_blocks(
+    blocks: dict,  # block -> row -> trainings
+    done: bool, order=None, needs: tuple = (), **how,  # of `made`; needs: blocks of which a row has to be there
+) -> dict[str, dict[str, list[Run]]]:
+    "The same in blocks, all of them in one go; blocks without a row are left out."
+    rows = {(block, name): some for block, rows in blocks.items() for name, some in rows.items()}
+    there = made(rows, done, order, **how)
+    found = {block: {name: there[block, name] for name in rows if (block, name) in there}
+             for block, rows in blocks.items()}
+    found = {block: rows for block, rows in found.items() if rows}
+    if not set(needs) <= set(found): raise nothing_made()
+    return found
+
+
+def spent(
+    *blocks: dict,  # row -> trainings
+) -> int:
+    "Seconds that the trainings took, each on its own thread, whenever they were made; each counts once."
+    different = {run.id: run for rows in blocks for some in rows.values() for run in some}
+    return sum(read_json(run.folder/"run.json")["seconds"] for run in different.values())
 
 
 def load(
-    name,  # "teacher", one of STUDENTS, a Run, a folder, or a row of reproduce.json: its first training
+    name,  # "teacher", one of STUDENTS or MADE, a Run, a folder, or a row of reproduce.json: its first training
 ):  # -> (model, processor)
     if isinstance(name, Run):
         name = name.folder
+    elif name in MADE:
+        name = anchor_folder(name)
     elif name not in ("teacher", *STUDENTS) and not Path(name).is_dir():
         rows = read_json(RESULTS/"reproduce.json")["runs"]
         if name not in rows: raise ValueError(f"no such model: {name}; give a folder, or one of {', '.join(rows)}")
@@ -267,8 +345,9 @@ def tests(
     questions: int = QUESTIONS,  # at each size
     split: str = "test",  # "val" to choose by, "test" to report
     seed: int = 1,
-    kind: str = "single",  # or "multi" needle
+    kind: str = "single",  # one of drawn_tasks.TASKS
 ) -> list[Haystack]:
+    if kind in drawn_tasks.MADE: return drawn_tasks.task_test(sizes, questions, seed, split, kind)
     return drawn_test(sizes, questions, seed, split, kind)
 
 
@@ -299,8 +378,16 @@ def pictures(
     return found
 
 
+def marks(records: list[dict]) -> dict[int, str]:
+    "Size -> a 1 for each right answer, a 0 for each wrong one, in the order of the records."
+    found = {}
+    for r in records:
+        found[r["size"]] = found.get(r["size"], "") + str(int(r["correct"]))
+    return found
+
+
 def answers(
-    name,  # "teacher", one of STUDENTS or a Run
+    name,  # "teacher", one of STUDENTS or MADE, or a Run
     sizes: tuple = SIZES, questions: int = QUESTIONS, split: str = "test", seed: int = 1,  # of `tests`
     kind: str = "single",  # likewise
     ask_with=None,  # (label, function of (model, processor, haystacks, path) -> records): another way of asking
@@ -312,16 +399,13 @@ def answers(
     if not path.exists():
         model, processor = load(name)
         model, haystacks = model.to(pair()["device"]), tests(*exam)
-        role = "teacher" if name == "teacher" else "student"
+        role = tower_of(name.student if isinstance(name, Run) else name)
         if ask_with:
             records = ask_with[1](model, processor, haystacks, None)
         else:
             features = pictures(role, *exam)
             records = evaluate(model, processor, haystacks, batch=12, progress=False, features=features)
-        found = {}
-        for r in records:
-            found[r["size"]] = found.get(r["size"], "") + str(int(r["correct"]))
-        write_json(path, found)
+        write_json(path, marks(records))
     return {int(size): text for size, text in read_json(path).items()}
 
 

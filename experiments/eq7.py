@@ -19,9 +19,9 @@ from common import (
     Run,
     answers,
     answers_of,
-    do_all,
-    finished,
     going_on,
+    made,
+    made_blocks,
     nothing_made,
     shares,
     spent,
@@ -32,6 +32,7 @@ from reproduce import HAYSTACKS, STEPS
 from students import runs
 
 WHO, WITHOUT, PLAIN = ("near", "small"), "KD + gain", "LAid + gain"
+AT_NEEDLE = "queries of questions, keys of images asked about"
 TRIED = {  # row -> what differs from `PLAIN`
     "last layer, weight 0.3": {},
     "needle layers": dict(layers="needle"),
@@ -46,12 +47,12 @@ TRIED = {  # row -> what differs from `PLAIN`
 CHOOSE = dict(sizes=(1, 20, 50, 100, 150), questions=240, split="val", seed=3)  # of `tests`
 
 
-def tried(who: str, steps: int, haystacks: int) -> dict[str, Run]:
-    "Row -> its training; the one without Eq. 7 first."
-    made = runs(who, (0,), steps, haystacks)
-    plain = made[PLAIN][0]
-    rows = {name: replace(plain, settings=plain.settings | what) for name, what in TRIED.items()}
-    return {WITHOUT: made[WITHOUT][0]} | rows
+def tried(who: str, steps: int, haystacks: int) -> dict[str, list[Run]]:
+    "Row -> its one training; the one without Eq. 7 first."
+    known = runs(who, (0,), steps, haystacks)
+    plain = known[PLAIN][0]
+    rows = {name: [replace(plain, settings=plain.settings | what)] for name, what in TRIED.items()}
+    return {WITHOUT: known[WITHOUT]} | rows | {AT_NEEDLE: [replace(plain, where="needle")]}
 
 
 def score(run: Run, how: dict, least: int = 20) -> float:
@@ -85,35 +86,33 @@ def compared(who: str, rows: dict[str, list[Run]], how: dict) -> dict:
                 trainings={name: len(some) for name, some in rows.items()})
 
 
+def found(who: str, rows: dict[str, list[Run]], seeds: tuple, choose: dict, how: dict, done: bool) -> tuple:
+    "-> (everything that is said of a student, all of its trainings)."
+    rows = made(rows, done, needs=(WITHOUT,), **choose)
+    if len(rows) < 2: raise nothing_made()
+    scores = {name: score(some[0], choose) for name, some in rows.items()}
+    best = max((name for name in rows if name != WITHOUT), key=scores.get)
+    proof = made(proved(who, rows[best][0], seeds), done, needs=(WITHOUT, "Eq. 7"), **how)
+    more = later(who, rows[best][0], seeds[:2])
+    more = made_blocks({"proof": proof} | more, done, **how)
+    more = {name: pair for name, pair in more.items() if name != "proof" and len(pair) == 2}
+    said = dict(tried=scores, best=best) | compared(who, proof, how)
+    said["later"] = {name: compared(who, pair, how) for name, pair in more.items()}
+    return said, (rows, proof, *more.values())
+
+
 @going_on()
 def main(quick: bool = False, done: bool = False):
     start, choose = time.time(), CHOOSE | (dict(sizes=(1, 5), questions=24) if quick else {})
     how = dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)
-    found, made = {}, []
+    said, trainings = {}, []
     for who in WHO[:1] if quick else WHO:
         rows = dict(list(tried(who, steps, haystacks).items())[:3 if quick else None])
-        if done:
-            rows = {name: run for name, run in rows.items() if run.folder.exists()}
-            if len(rows) < 2 or WITHOUT not in rows: raise nothing_made()
-        else:
-            do_all(list(rows.values()), **choose)
-        scores = {name: score(run, choose) for name, run in rows.items()}
-        best = max((name for name in rows if name != WITHOUT), key=scores.get)
-        proof = proved(who, rows[best], seeds)
-        if done:
-            proof = finished(proof)
-        else:
-            do_all([run for some in proof.values() for run in some], **how)
-        more = {name: finished(pair) if done else pair for name, pair in later(who, rows[best], seeds[:2]).items()}
-        more = {name: pair for name, pair in more.items() if len(pair) == 2}
-        if not done:
-            do_all([run for pair in more.values() for some in pair.values() for run in some], **how)
-        made += [*rows.values(), *(run for pair in (proof, *more.values()) for some in pair.values() for run in some)]
-        found[who] = dict(tried=scores, best=best) | compared(who, proof, how)
-        found[who]["later"] = {name: compared(who, pair, how) for name, pair in more.items()}
+        said[who], blocks = found(who, rows, seeds, choose, how, done)
+        trainings += blocks
     write("eq7_quick" if quick else "eq7", dict(
-        training_seconds=spent(made), steps=steps, chosen_on=choose, seeds=seeds, students=found), start)
+        training_seconds=spent(*trainings), steps=steps, chosen_on=choose, seeds=seeds, students=said), start)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import sys
 import time
 
 from analysis import groups, results_of, summary
-from common import QUESTIONS, RESULTS, Run, answers, do_all, finished_points, going_on, spent, tests, write
+from common import QUESTIONS, RESULTS, Run, answers_of, going_on, made_blocks, spent, tests, write
 from laid_nb.store import read_json
 from reproduce import HAYSTACKS, METHODS, RECOMPOSED, SIMULATED, STEPS, settings
 
@@ -24,16 +24,16 @@ WAYS = {
     "LAid+" + SIMULATED + RECOMPOSED: ("LAid+", True, .5)}
 
 
-def runs(rates: dict, steps: int, haystacks: int, counts: tuple) -> dict[str, dict[str, Run]]:
-    "Point -> name -> training. Without labels the teacher's answers have the whole weight."
+def runs(rates: dict, steps: int, haystacks: int, counts: tuple) -> dict[str, dict[str, list[Run]]]:
+    "Point -> name -> its one training. Without labels the teacher's answers have the whole weight."
     def every(**how):
         ways = {name: settings(method, rates[method], *rest) for name, (method, *rest) in WAYS.items()}
-        return {name: Run(name, 0, way, steps=steps, **how) for name, way in ways.items()}
+        return {name: [Run(name, 0, way, steps=steps, **how)] for name, way in ways.items()}
     points = {str(n): every(haystacks=n) for n in (*counts, haystacks)}
     points[f"{haystacks}, {FLIPPED:.0%} wrong"] = every(haystacks=haystacks, flipped=FLIPPED)
     def alone(run):
         return Run(run.name, 0, run.settings | dict(alpha=1.0), haystacks=haystacks, steps=steps, labels=False)
-    taught = {name: alone(run) for name, run in points[str(haystacks)].items() if "SFT" not in name}
+    taught = {name: [alone(run)] for name, [run] in points[str(haystacks)].items() if "SFT" not in name}
     return {"0": taught} | points
 
 
@@ -43,15 +43,12 @@ def main(quick: bool = False, done: bool = False):
     steps, haystacks, counts = (3, 24, (16,)) if quick else (STEPS, HAYSTACKS, COUNTS)
     chosen = dict.fromkeys(METHODS, 2e-3) if quick else read_json(RESULTS/"reproduce.json")["search"]["chosen"]
     points = runs(chosen, steps, haystacks, counts)
-    if done:
-        points = finished_points(points)
-    trainings = [r for ways in points.values() for r in ways.values()]
-    do_all(trainings, **how)
-    pair = {name: [answers(name, **how)] for name in ("teacher", "student")}
-    said = {point: {name: [answers(r, **how)] for name, r in ways.items()} for point, ways in points.items()}
+    points = made_blocks(points, done, **how)
+    pair = answers_of(("teacher", "student"), {}, **how)
+    said = {point: answers_of((), ways, **how) for point, ways in points.items()}
     found = {point: summary(results_of(pair | ways, groups(tests(**how)))) for point, ways in said.items()}
     write("labels_quick" if quick else "labels", dict(
-        training_seconds=spent(trainings), steps=steps, seed=0, summary=found, answers=said), start)
+        training_seconds=spent(*points.values()), steps=steps, seed=0, summary=found, answers=said), start)
 
 
 if __name__ == "__main__":

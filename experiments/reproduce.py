@@ -19,9 +19,9 @@ from common import (
     Run,
     answers,
     do_all,
-    finished,
     going_on,
     log,
+    made,
     pictures,
     shares,
     spent,
@@ -94,10 +94,9 @@ def runs(rates: dict, seeds: tuple, steps: int, haystacks: int) -> dict[str, lis
     return found
 
 
-def in_order(trainings: dict[str, list[Run]]) -> list[Run]:
+def in_order(run: Run) -> tuple:
     "Seed by seed; LAid early, and KD and LAid+, which hear the same teacher, when it is done."
-    rank = lambda name: 4*name.count(" + ") + FIRST[name.split(" + ")[0]]
-    return sorted((run for runs in trainings.values() for run in runs), key=lambda run: (run.seed, rank(run.name)))
+    return run.seed, 4*run.name.count(" + ") + FIRST[run.name.split(" + ")[0]]
 
 
 def questions_of(haystacks) -> dict:
@@ -181,13 +180,11 @@ def main(quick: bool = False, done: bool = False):
         chosen = read_json(RESULTS/"training_free.json")["chosen"]
         searched = search(SEARCH_STEPS, 240, STEPS)
     trainings, how = runs(searched["chosen"], seeds, steps, haystacks), dict(sizes=sizes, questions=questions)
-    if done:
-        trainings = finished(trainings)
-    do_all(in_order(trainings), sizes, questions)
+    trainings = made(trainings, done, in_order, **how)
     models, sharp = measure(trainings, chosen, how)
     results = results_of(models, groups(tests(sizes, questions)))
     write(name, dict(
-        training_seconds=spent(in_order(trainings)), seeds=seeds, steps=steps, haystacks=haystacks, search=searched,
+        training_seconds=spent(trainings), seeds=seeds, steps=steps, haystacks=haystacks, search=searched,
         training_free=chosen, questions=questions_of(tests(sizes, questions)), summary=summary(results),
         with_log_n=sharp, runs={label: [r.id for r in rs] for label, rs in trainings.items()}, models=models), start)
     report(results, name)

@@ -10,7 +10,7 @@ import time
 
 from ablation import RATES
 from analysis import groups, results_of, summary
-from common import QUESTIONS, SEEDS, SIMULATION, SIZES, Run, answers, do_all, finished, going_on, spent, tests, write
+from common import QUESTIONS, SEEDS, SIMULATION, SIZES, Run, answers_of, going_on, made, spent, tests, write
 from reproduce import HAYSTACKS, STEPS, questions_of
 
 THIN = -3.0  # log of how often an image counts that nobody asks about; chosen on validation haystacks, seed 0
@@ -35,18 +35,14 @@ def runs(seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:
 def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, SEEDS)
-    rows = runs(seeds, steps, haystacks)
-    if done:
-        rows = finished(rows)
-    trainings = [run for name in rows for run in rows[name]]
-    do_all(trainings, **how)
-    models = {name: [answers(name, **how)] for name in ("teacher", "student")}
-    models |= {f"taught by {name}": [answers(run, **how) for run in some] for name, some in rows.items()}
+    rows = {f"taught by {name}": some for name, some in runs(seeds, steps, haystacks).items()}
+    rows = made(rows, done, **how)
+    models = answers_of(("teacher", "student"), rows, **how)
     results = results_of(models, groups(tests(**how)))
     write("self_anchor_quick" if quick else "self_anchor", dict(
-        training_seconds=spent(trainings), steps=steps, haystacks=haystacks, seeds=seeds, thin=THIN,
-        settings={name: some[0].settings for name, some in rows.items()}, summary=summary(results), models=models,
-        questions=questions_of(tests(**how))), start)
+        training_seconds=spent(rows), steps=steps, haystacks=haystacks, seeds=seeds, thin=THIN,
+        settings={name.removeprefix("taught by "): some[0].settings for name, some in rows.items()},
+        summary=summary(results), models=models, questions=questions_of(tests(**how))), start)
 
 
 if __name__ == "__main__":

@@ -22,11 +22,9 @@ from common import (
     Run,
     answers,
     answers_of,
-    do_all,
-    finished,
     going_on,
     load,
-    nothing_made,
+    made_blocks,
     spent,
     tests,
     write,
@@ -93,16 +91,11 @@ def main(quick: bool = False, done: bool = False):
     start, how = time.time(), dict(sizes=(1, 5, 20) if quick else SIZES, questions=24 if quick else QUESTIONS)
     steps, haystacks, seeds = (3, 24, (0,)) if quick else (STEPS, HAYSTACKS, MANY)
     blocks = {student: runs(student, seeds, steps, haystacks) for student in STUDENTS}
-    if done:
-        blocks = {student: finished(rows) for student, rows in blocks.items()}
-        if not all(blocks.values()): raise nothing_made()
-    trainings = sorted((r for rows in blocks.values() for some in rows.values() for r in some), key=turn)
-    if not done:
-        do_all(trainings, **how)
+    blocks = made_blocks(blocks, done, turn, STUDENTS, **how)
     models = {student: measured(student, rows, how) for student, rows in blocks.items()}
     places = groups(tests(**how))
     write("students_quick" if quick else "students", dict(
-        training_seconds=spent(trainings), steps=steps, haystacks=haystacks, seeds=seeds, thin=THIN,
+        training_seconds=spent(*blocks.values()), steps=steps, haystacks=haystacks, seeds=seeds, thin=THIN,
         ends={student: ending(student, 12 if quick else 240) for student in STUDENTS},
         settings={name: some[0].settings for name, some in blocks["student"].items()},
         trainings={student: {name: len(some) for name, some in rows.items()} for student, rows in blocks.items()},

@@ -144,3 +144,20 @@ def test_shares_of_the_fall_add_up_to_it():
 def test_why_runs(): assert "by position" in run_quick("why.py", "--models", "student")
 
 def test_heads_runs(): assert "key activation of the best head" in run_quick("heads.py", "--models", "student")
+
+
+# art
+
+def test_pictures_read_in_batches_are_what_the_stock_towers_make_of_them():
+    import art
+    from laid_nb.haystack import picture_haystack
+    from laid_nb.inputs import precompute_prompts
+    from laid_nb.store import load_model
+    plain, look = picture_haystack(0, 3, 2, "val"), picture_haystack(0, 3, 2, "val", art="noto", background="texture")
+    features = art.features_of(art.eyes("varied"), [plain], [look], art.prompts_as_taught([plain]))
+    for role, found in features.items():
+        model, processor = load_model(role)
+        stock = precompute_prompts(art.with_tower(model, "varied"), processor, [look], progress=False)[look.id]
+        assert stock.keys() == found[look.id].keys()
+        for name, x in found[look.id].items():
+            torch.testing.assert_close(x, stock[name], atol=1e-4, rtol=1e-4)

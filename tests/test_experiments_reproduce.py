@@ -16,11 +16,16 @@ import common
 import labels
 import length
 import reproduce
+import teachers
 import training_free
 from laid_nb.accuracy import wilson
+from laid_nb.anchors import PAIR, Namer, _take_towers, anchor_config, anchor_model
 from laid_nb.evaluate import ask
 from laid_nb.haystack import picture_haystack
 from laid_nb.inputs import question_text
+from laid_nb.losses import TERMS
+from laid_nb.parts import GainPart
+from laid_nb.store import data_path, save_model
 
 RATES = dict.fromkeys(reproduce.METHODS, 1e-3)
 
@@ -163,6 +168,41 @@ def test_teachers_are_the_models_that_runs_name():
     assert common.anchor_of(replace(run, anchor="small")) is common.frozen("small")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "A folder of work with an untrained `foreign`, which sees as the student does."
+    work, processor = tmp_path_factory.mktemp("work"), common.pair()["processor"]
+    namer = Namer({name: anchor_config(name, processor.tokenizer) for name in PAIR})
+    _take_towers(namer, data_path("anchors"))
+    save_model(anchor_model("foreign", processor.tokenizer, namer), processor, work/"made/foreign")
+    return work
+
+
+def test_an_anchor_of_other_heads_teaches_by_distance_and_is_refused_by_dimension(made, monkeypatch):
+    monkeypatch.setattr(common, "WORK", made)
+    monkeypatch.setattr(common, "frozen", common.frozen.__wrapped__)
+    rows = teachers.rows_of(("foreign",), (0,), 2, 8)
+    (by_distance,), (kd,) = rows.values()
+    assert (by_distance.anchor, kd.anchor) == ("foreign", "foreign") and kd.settings["method"] == "kd"
+    weights = lambda model: {k: v for k, v in model.state_dict().items() if "visual." not in k}
+    before, after = weights(common.load("student")[0]), weights(common.load(common.train(replace(by_distance, images=(1, 3))))[0])
+    assert any(not torch.equal(x, after[k]) for k, x in before.items())
+    with pytest.raises(ValueError, match="head dimensions differ: student 64, teacher 128"):
+        common.train(replace(by_distance, images=(1, 3), settings=by_distance.settings | dict(lambda_laid=.3)))
+
+
+def test_an_anchor_that_is_not_there_is_asked_of_the_recipe(made, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "WORK", tmp_path)
+    asked = []
+    monkeypatch.setattr(common, "make_anchors", lambda *args: asked.append(args))
+    assert teachers.there(teachers.ANCHORS, train=False) == ("small", "near", "teacher", "student") and not asked
+    folder = common.anchor_folder("medium")
+    assert asked == [(tmp_path/"anchors-work", folder.parent, ["medium"], data_path("anchors"), common.pair()["device"])]
+    assert "laid anchors --models medium" in capsys.readouterr().out
+    monkeypatch.setattr(common, "WORK", made)
+    assert common.anchor_folder("foreign").is_dir() and len(asked) == 1
+
+
 def test_every_way_of_asking_has_a_colour():
     assert {*training_free.NAMES.values(), "numbered images"} <= analysis.COLOURS.keys()
 
@@ -190,9 +230,9 @@ def test_every_run_of_the_tables_is_a_valid_config(tmp_path):
     from laid_nb.simulate import WindowSimulation
     from laid_nb.train import LaidConfig
     table = [rs[0] for rs in reproduce.runs(RATES, (0,), 300, 417).values()]
-    table += [r for ways in labels.runs(RATES, 300, 417, (60,)).values() for r in ways.values()]
+    table += [rs[0] for ways in labels.runs(RATES, 300, 417, (60,)).values() for rs in ways.values()]
     table += [rs[0] for rows in ablation.runs(RATES, 300, 417, (0,)).values() for rs in rows.values()]
-    table += [r for ways in length.runs(RATES, 300, 417, 150).values() for r in ways.values()]
+    table += [rs[0] for ways in length.runs(RATES, 300, 417, 150).values() for rs in ways.values()]
     parser = HfArgumentParser((LaidConfig, WindowSimulation))
     for run in table: parser.parse_dict(dict(output_dir=str(tmp_path), use_cpu=True, report_to="none") | run.settings)
     assert len(table) > 60
@@ -200,7 +240,7 @@ def test_every_run_of_the_tables_is_a_valid_config(tmp_path):
 
 def test_experiments_share_the_trainings_of_the_table():
     own = {r.id for rs in reproduce.runs(RATES, (0, 1, 2), 300, 417).values() for r in rs}
-    full = [r.id for r in labels.runs(RATES, 300, 417, (60,))["417"].values()]
+    full = [rs[0].id for rs in labels.runs(RATES, 300, 417, (60,))["417"].values()]
     assert set(full) <= own and {r.id for r in ablation.runs(RATES, 300, 417, (0,))["Eq. 8"]["full"]} <= own
 
 
@@ -223,3 +263,47 @@ def test_what_the_teacher_said_is_kept_and_changes_nothing(tmp_path, monkeypatch
         fresh = weights(kd)
     finally: hook.remove()
     assert len(asked) > once and all(torch.equal(shared[k], fresh[k]) for k in fresh) and not all(torch.equal(shared[k], first[k]) for k in fresh)
+
+
+def test_an_anchor_that_is_a_running_average_is_the_mean_of_the_students_that_were(tmp_path, monkeypatch):
+    "After every step: the sum of the students before it, gain and all, by powers of what is kept."
+    monkeypatch.setattr(common, "WORK", tmp_path)
+    anchors, students, kept = [], [], common.RunningAverage.KEPT
+    step = common.RunningAverage.training_step
+    def watched(self, *inputs, **how):
+        loss = step(self, *inputs, **how)
+        weight = self.model.model.language_model.layers[0].self_attn.q_proj.weight.detach().double()
+        gain = self.part(GainPart).gains["0"].by_dimension().double().detach()
+        students.append(gain.reshape(-1, 1)*weight)
+        anchors.append(self.teacher.model.language_model.layers[0].self_attn.q_proj.weight.double().clone())
+        return loss
+    monkeypatch.setattr(common.RunningAverage, "training_step", watched)
+    how = dict(method="kd", gain=True, learning_rate=1e-2, mixing_learning_rate=.1, thin=-3.0)
+    common.train(common.Run("KD", 0, how, haystacks=8, images=(1, 2), steps=3, labels=False, anchor="average"))
+    start = students[0]  # no step has been made
+    for n, anchor in enumerate(anchors, 1):
+        wanted = kept**n*start + (1 - kept)*sum(kept**(n - i)*s for i, s in enumerate(students[:n], 1))
+        assert (anchor - wanted).abs().max() < 1e-6
+    assert (anchors[-1] - anchors[0]).abs().max() > 1e-5
+
+
+def test_eq7_at_the_needle_counts_rows_of_questions_and_the_images_they_ask_about(tmp_path, monkeypatch):
+    "The loss that is trained on against a direct sum over those rows alone."
+    monkeypatch.setattr(common, "WORK", tmp_path)
+    pairs, evidence = [], common.AtNeedle.evidence
+    def watched(self, model, inputs):
+        found = evidence(self, model, inputs)
+        pairs.append((inputs, next(iter(found[1].values())), found[0].groups()))
+        return found
+    monkeypatch.setattr(common.AtNeedle, "evidence", watched)
+    how = dict(method="laid", gain=True, learning_rate=1e-3)
+    common.train(common.Run("LAid", 0, how, haystacks=8, images=(16, 18), steps=1, where="needle"))
+    inputs, seen, groups = pairs[0]
+    total = 0
+    for x, rows in ((0, seen.turn >= 0), (1, torch.zeros_like(seen.turn, dtype=torch.bool))):
+        for b, turns in enumerate(inputs["needles"] if x else ()):
+            for image in {image for asked in turns for image in asked}: rows[b] |= groups[b] == image
+        error = (seen.heads[x] - seen.heads[x + 2]).double().square().mean((1, 3))[rows]
+        total = total + (error.mean()/seen.scales[x]).item()
+    assert TERMS["laid"].loss(seen).item() == pytest.approx(total, rel=1e-5)
+    assert seen.counts[1].sum() < (groups >= 0).sum()  # images that nobody asks about

@@ -223,6 +223,18 @@ def test_a_part_without_a_gradient(trainer, monkeypatch, part, settings):
     with refused(RuntimeError, "gain" if part is GainPart else "mixing weights", "no gradient"): trainer(**settings).train()
 
 
+@pytest.mark.parametrize("constraint, form, is_open", [("convex", "scalar", False), ("norm", "band", False), ("free", "scalar", True), ("convex", "complex", True)])
+def test_a_teacher_of_one_head_leaves_the_mixing_what_its_constraint_does(trainer, tiny, constraint, form, is_open):
+    config = tiny("teacher").config
+    config.text_config.hidden_size = config.vision_config.out_hidden_size = 32  # the student's head dimension
+    config.text_config.num_attention_heads = 1
+    made = trainer(teacher=type(tiny("teacher"))(config), constraint=constraint, form=form)
+    part = made.part(MixingPart)
+    made.train()
+    sizes = [w.detach().abs() for mixing in part.mixing.values() for w in mixing.weights()]
+    assert part.learns is is_open and (is_open or all(torch.allclose(w, torch.ones_like(w)) for w in sizes))
+
+
 def test_everything_frozen_but_the_gain(trainer, tiny):
     with refused(ValueError, "no weight of the student", "frozen"): trainer(tiny("student").requires_grad_(False), method="sft", gain=True)
 
