@@ -4,7 +4,7 @@ steps of the table as well.
 
   python experiments/budget.py            # goes on where it was stopped; finds the trainings of students.py
   python experiments/budget.py --quick    # a smoke test
-  python experiments/budget.py --done     # write what has been made so far, train nothing
+  python experiments/budget.py --done     # write what has been made so far, train nothing but the steps that are timed
 """
 import sys
 import time

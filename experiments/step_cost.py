@@ -1,5 +1,6 @@
 """What a training of a method costs when nothing is kept from another one: operations of teacher and student, seconds
 of a core and peak memory of a step, and what is done once, before the first step."""
+import hashlib
 import math
 import os
 import sys
@@ -168,7 +169,8 @@ def pictures(haystacks: int) -> dict[str, dict]:
 def costs(runs: dict[str, Run], haystacks: int, rounds: int) -> dict[str, dict]:
     """`steps`: row -> what a step costs; `pictures`: what a haystack's pictures cost; `load`: processes that wanted a
     core meanwhile. On one thread; kept in WORK, so that it is measured once, all rows side by side."""
-    path = WORK/"costs"/f"{haystacks}-{rounds}.json"
+    measured = hashlib.sha256(" ".join(run.id for run in runs.values()).encode()).hexdigest()[:8]
+    path = WORK/"costs"/f"{haystacks}-{rounds}-{measured}.json"
     if not path.exists():
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
