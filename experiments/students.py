@@ -47,7 +47,7 @@ GAINED = {  # row -> (settings beyond those that all share, what differs in the 
     "self-anchored, no label": (dict(method="kd", thin=THIN, recompose=1.0, alpha=1.0),
                                 dict(labels=False, anchor="student")),
     "LAid + gain + spectra": (dict(method="laid", recompose=.5, lambda_fourier=.3), {})}
-FEWER = {"LAid + gain + spectra": 2} | dict.fromkeys(PLAIN, 1)  # trainings of rows that stand beside the others
+FEWER = dict.fromkeys((*PLAIN, "LAid+"), 3) | {"LAid + gain + spectra": 2}  # trainings of rows beside the others
 
 
 def runs(student: str, seeds: tuple, steps: int, haystacks: int) -> dict[str, list[Run]]:

@@ -15,6 +15,7 @@ import analysis
 import common
 import labels
 import length
+import repeat
 import reproduce
 import teachers
 import training_free
@@ -307,3 +308,23 @@ def test_eq7_at_the_needle_counts_rows_of_questions_and_the_images_they_ask_abou
         total = total + (error.mean()/seen.scales[x]).item()
     assert TERMS["laid"].loss(seen).item() == pytest.approx(total, rel=1e-5)
     assert seen.counts[1].sum() < (groups >= 0).sum()  # images that nobody asks about
+
+
+def test_a_training_made_again_is_compared_with_its_own_answers():
+    models = json.loads(data_path("results", "students.json").read_text())["models"]
+    found = repeat.committed(models)
+    for run, told in found:
+        assert {str(size): text for size, text in told.items()} == models[run.student][run.name][run.seed]
+    untrained = ("teacher", "student", *training_free.NAMES.values(), "numbered images")
+    assert len(found) == sum(len(kept) for rows in models.values() for name, kept in rows.items() if name not in untrained)
+    assert repeat.different({1: "1010", 5: "11"}, {1: "1001", 5: "11"}) == {1: 2, 5: 0}
+    with pytest.raises(ValueError): repeat.different({1: "10"}, {1: "101"})
+
+
+def test_trainings_are_not_compared_with_themselves(tmp_path, monkeypatch):
+    monkeypatch.setattr(repeat, "WORK", tmp_path/"again")
+    repeat.claim_folder()
+    repeat.claim_folder()  # goes on
+    (tmp_path/"other"/"models").mkdir(parents=True)
+    monkeypatch.setattr(repeat, "WORK", tmp_path/"other")
+    with pytest.raises(SystemExit, match="empty folder"): repeat.claim_folder()
