@@ -317,20 +317,28 @@ def _odds() -> np.ndarray:  # [contents]
     count = np.array([len(c) for c in CONTENTS])
     return sum(share*(count == n)/(count == n).sum() for n, share in ((1, .2), (2, .3), (3, .5)))
 
-def _vision_batches(
+def _picture_batches(
     rng: np.random.Generator,
-    pools: list[np.ndarray],  # the drawings, from `_draw_pool`
+    draw,  # function of (rng, places in CONTENTS [batch]) -> (these in some order, their pictures)
     processor,  # its image processor's mean and std are used
     labels: torch.Tensor,  # [contents, objects]
     batch: int,  # pictures a step
     steps: int,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (patches [batch*16, 1176], labels [batch, objects])
-    "Pictures of random contents, each step from one of the drawings."
+    "Pictures of random contents."
     image, odds = processor.image_processor, _odds()
     for _ in range(steps):
-        rows = np.sort(rng.choice(len(CONTENTS), batch, p=odds))
-        pictures = pools[rng.integers(len(pools))][rows]
+        rows, pictures = draw(rng, rng.choice(len(CONTENTS), batch, p=odds))
         yield patchify(pictures, image.image_mean, image.image_std), labels[rows]
+
+def _from_pools(
+    pools: list[np.ndarray],  # the drawings, from `_draw_pool`
+):  # `draw` of `_picture_batches`
+    "Each step from one of the drawings, in the order in which they lie on the disk."
+    def draw(rng, rows):
+        rows = np.sort(rows)
+        return rows, pools[rng.integers(len(pools))][rows]
+    return draw
 
 # %% ../nbs/08_anchors.ipynb #cycles
 def _train_cycles(
@@ -361,9 +369,9 @@ def _train_vision(
     rate: float = 2e-3,  # highest learning rate
 ) -> None:
     "Teach the tower to name all objects of a picture at each of its merged tokens."
-    pools, labels = [_draw_pool(folder, drawing) for drawing in (0, 1)], _content_labels()
+    draw, labels = _from_pools([_draw_pool(folder, drawing) for drawing in (0, 1)]), _content_labels()
     def batches(cycle, length):
-        return _vision_batches(np.random.default_rng(cycle), pools, processor, labels, batch, length)
+        return _picture_batches(np.random.default_rng(cycle), draw, processor, labels, batch, length)
     _train_cycles(namer, "vision", batches, folder, steps, rate)
 
 # %% ../nbs/08_anchors.ipynb #embed-pool
@@ -799,19 +807,12 @@ def _varied_picture(
     picture = np.asarray(render(Scene(objects, seed, "train", art, background)))
     return picture[..., rng.permutation(3)] if rng.random() < 1/3 else picture
 
-def _varied_batches(
+def _varied_pictures(
     rng: np.random.Generator,
-    processor,  # its image processor's mean and std are used
-    labels: torch.Tensor,  # [contents, objects]
-    batch: int,  # pictures a step
-    steps: int,
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:  # (patches [batch*16, 1176], labels [batch, objects])
-    "Varied pictures of random contents."
-    image, odds = processor.image_processor, _odds()
-    for _ in range(steps):
-        rows = rng.choice(len(CONTENTS), batch, p=odds)
-        pictures = np.stack([_varied_picture(rng, CONTENTS[i]) for i in rows])
-        yield patchify(pictures, image.image_mean, image.image_std), labels[rows]
+    rows: np.ndarray,  # [batch] places in CONTENTS
+) -> tuple[np.ndarray, np.ndarray]:  # the same, and their pictures [batch, 56, 56, 3] uint8
+    "`draw` of `_picture_batches`: varied pictures."
+    return rows, np.stack([_varied_picture(rng, CONTENTS[i]) for i in rows])
 
 # %% ../nbs/08_anchors.ipynb #solve-mergers
 @torch.no_grad()
@@ -861,7 +862,8 @@ def make_varied(
     folder, out, processor, labels = Path(folder), Path(out), build_processor(), _content_labels()
     folder.mkdir(parents=True, exist_ok=True)
     def batches(cycle, length):
-        return _varied_batches(np.random.default_rng([cycle, 11]), processor, labels, batch, length)
+        rng = np.random.default_rng([cycle, 11])
+        return _picture_batches(rng, _varied_pictures, processor, labels, batch, length)
     with lock(folder):
         namer = Namer({name: anchor_config(name, processor.tokenizer) for name in PAIR}).to(device)
         _take_towers(namer, towers or data_path("anchors"))
